@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Every difference between kernel versions, and nothing else. The code is
+ * written for the newest supported kernel (7.3); older ones get its names here.
+ */
+#ifndef NBDCOW_COMPAT_H
+#define NBDCOW_COMPAT_H
+
+#include <linux/blkdev.h>
+#include <linux/device-mapper.h>
+#include <linux/pagemap.h>
+#include <linux/shmem_fs.h>
+#include <linux/version.h>
+
+/* 7.0: the flags of shmem_file_setup() became a bitmap type. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 0, 0)
+#define VMA_NORESERVE_BIT	VM_NORESERVE
+#define mk_vma_flags(flag)	(flag)
+#endif
+
+/* 6.5: block devices are opened with blk_mode_t. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 5, 0)
+#define BLK_OPEN_READ		FMODE_READ
+#endif
+
+/* 6.3: filemap_get_folio() returns an error pointer instead of NULL. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+static inline struct folio *
+nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
+{
+	struct folio *folio = filemap_get_folio(mapping, index);
+
+	return folio ? folio : ERR_PTR(-ENOENT);
+}
+
+#define filemap_get_folio	nbdcow_filemap_get_folio
+#endif
+
+/* 6.11: a volatile write cache is a queue limit, inherited from the base. */
+static inline void nbdcow_limits_no_write_cache(struct queue_limits *limits)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
+	limits->features &= ~(BLK_FEAT_WRITE_CACHE | BLK_FEAT_FUA |
+			      BLK_FEAT_STABLE_WRITES);
+#endif
+}
+
+/*
+ * The device-mapper core offers write-zeroes only when all devices below do,
+ * which says nothing about a target that does the zeroing itself. Offer it
+ * once the core has set its limits.
+ */
+static inline void nbdcow_offer_write_zeroes(struct request_queue *q,
+					     unsigned int max_sectors)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 11, 0)
+	blk_queue_max_write_zeroes_sectors(q, max_sectors);
+#else
+	struct queue_limits limits = queue_limits_start_update(q);
+
+	limits.max_write_zeroes_sectors = max_sectors;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 17, 0)
+	limits.max_hw_wzeroes_unmap_sectors = max_sectors;
+#endif
+	queue_limits_commit_update(q, &limits);
+#endif
+}
+
+#endif

@@ -1,0 +1,634 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * dm-nbdcow: a temporary writable copy on top of a read-only block device
+ *
+ * Design
+ * ======
+ *
+ * Reads of blocks that nobody wrote go to the base device as they are; all
+ * that is written stays in a tmpfs file and is thrown away with the device.
+ * Where each 4 KiB block lives is said by a sparse map, two bits a block:
+ *
+ *	state	reads come from			stores
+ *	BASE	the base; zeroes past its end	nothing
+ *	OVERLAY	the overlay's file		a page
+ *	ZERO	nowhere, they are zeroes	nothing
+ *
+ *	on		BASE		OVERLAY		ZERO
+ *	read		remap to base	copy out	zero fill
+ *	whole write	install		copy in		install
+ *	partial write	read base, then	copy in		install over zeroes
+ *			install
+ *	discard, zero	-> ZERO		-> ZERO, free	(nothing)
+ *	reset		(nothing)	-> BASE, free	-> BASE
+ *
+ * Installing a block makes it OVERLAY. States change nowhere but in
+ * nbdcow_map_change() and nbdcow_map_zero_leaf(); a reset replaces the whole
+ * layer, map and file together.
+ *
+ * Data path
+ * ---------
+ * map() runs in the submitter's context, may sleep for memory and locks but
+ * never waits for I/O. It serves blocks from RAM one after the other and
+ * completes the bio; where a run in state BASE begins, it accepts what it has
+ * done and gets the rest in another bio. A partial write of a BASE block is
+ * the one case that needs the base's content: base.c reads it and installs
+ * the block from a work. Flushes have nothing to do and FUA means nothing: the
+ * overlay is volatile on purpose.
+ *
+ * Under REQ_NOWAIT every lock is tried, memory is asked for with GFP_NOWAIT,
+ * and whatever would sleep ends the bio with BLK_STS_AGAIN.
+ *
+ * Locks, in order
+ * ---------------
+ *	overlays_mutex	the list of overlays, references
+ *	ov->mutex	replacing the layer (reset, growth); event target
+ *	shard lock	by leaf; read: install blocks, write: remove them; a
+ *			reset holds all of them
+ *	page lock	serialises installers of one block; keeps reclaim away
+ *	rmw_lock	read-modify-write descriptors of a target; a leaf lock
+ *
+ * The layer is read under RCU or any shard lock. In the I/O path all
+ * allocations are GFP_NOIO, and outside of it no shard lock is held while
+ * memory is allocated.
+ *
+ * Installing a block
+ * ------------------
+ * Under the shard lock for read: reserve the block in the limits, make sure
+ * its leaf exists, get the page, lock it. Then look at the state again. Data
+ * first (whole block), page dirty second, state third (release), page lock
+ * last, and only then is anybody told. An installer that finds the block
+ * OVERLAY at the second look adds only its own bytes: its copy of the base is
+ * older than what the other one stored. One that finds it ZERO, because a
+ * discard came between reading the base and installing, completes it with
+ * zeroes.
+ *
+ * Without locks
+ * -------------
+ * Reads and rewrites of stored blocks take neither lock: find the page with a
+ * reference, look at the state, copy, mark dirty if written, drop the
+ * reference.
+ *  - Against a discard: the state is looked at after the page was found. Still
+ *    OVERLAY means that the page is this block's, complete; if it is removed
+ *    afterwards, then the discard was concurrent, and either order is right.
+ *  - Against discard and new install: the page may be the new one, unfinished,
+ *    but then the look finds the state that the discard left, since the new
+ *    page entered the file only after it. A newer OVERLAY means that the page
+ *    is finished.
+ *  - Against reset: page and state come from one layer, under RCU. Nothing is
+ *    installed in a layer that has been replaced, and its pages are freed only
+ *    after a grace period.
+ *  - Against reclaim: it may move the page to the swap cache at any time. The
+ *    reference keeps it in memory, and marking it dirty after the copy makes
+ *    reclaim write it again.
+ *
+ * Read-modify-write races
+ * -----------------------
+ * Between the read of the base and the install anything may happen to the
+ * block: whole writes, other partial writes, discards, resets. All are settled
+ * by the second look at the state under the page lock. Partial writes that
+ * come while the read is under way join it; the descriptor leaves the hash
+ * before the install looks at the state, so that nobody joins too late.
+ *
+ * Failures
+ * --------
+ * A new block over a limit, or without memory: that write fails, its block
+ * reads as before. A failed read of the base: that request fails, nothing is
+ * kept of it. Discards need no space; a whole leaf not even memory. The first
+ * error of a bio wins.
+ *
+ * Objects
+ * -------
+ * nbdcow_target is one table line. nbdcow_overlay holds the changes; it is
+ * shared by all tables of one mapped device at the same start, so that a
+ * reload keeps it, and goes with the last of them. I/O reaches it through one
+ * table at a time, since device-mapper suspends the old one first.
+ */
+#include <linux/module.h>
+#include <linux/moduleparam.h>
+#include <linux/slab.h>
+
+#include "compat.h"
+#include "nbdcow.h"
+
+#define DM_MSG_PREFIX "nbdcow"
+
+/* Discards and zeroing may be as long as a bio can say. */
+#define NBDCOW_MAX_ZERO_SECTORS \
+	round_down(UINT_MAX >> SECTOR_SHIFT, NBDCOW_BLOCK_SECTORS)
+
+struct workqueue_struct *nbdcow_wq;
+
+/**
+ * nbdcow_bio_complete() - end a bio that map() took over
+ * @bio: the bio
+ * @error: 0 or -errno
+ *
+ * Context: any.
+ */
+void nbdcow_bio_complete(struct bio *bio, int error)
+{
+	bio->bi_status = errno_to_blk_status(error);
+	bio_endio(bio);
+}
+
+/**
+ * nbdcow_base_done() - take note of how a read of the base ended
+ * @t: the target
+ * @status: its status
+ *
+ * Context: any.
+ */
+void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status)
+{
+	if (unlikely(status)) {
+		atomic_long_inc(&t->overlay->base_errors);
+		WRITE_ONCE(t->base_failed, true);
+	} else if (unlikely(READ_ONCE(t->base_failed))) {
+		WRITE_ONCE(t->base_failed, false);
+	}
+}
+
+/**
+ * nbdcow_piece_init() - the first piece of what is left of a bio
+ * @piece: set up to cover the rest of one block, or of the bio
+ * @t: the target
+ * @bio: the bio
+ * @iter: from where on
+ *
+ * Context: any.
+ */
+void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
+		       struct bio *bio, struct bvec_iter iter)
+{
+	sector_t sector = dm_target_offset(t->ti, iter.bi_sector);
+
+	piece->bio = bio;
+	piece->iter = iter;
+	piece->block = nbdcow_block(sector);
+	piece->offset = (sector % NBDCOW_BLOCK_SECTORS) << SECTOR_SHIFT;
+	piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset, iter.bi_size);
+	piece->base = NULL;
+	piece->base_is_zero =
+		piece->block * NBDCOW_BLOCK_SECTORS >= t->base_sectors;
+	piece->nowait = bio->bi_opf & REQ_NOWAIT;
+}
+
+/*
+ * The data path
+ */
+
+/* The state at a sector, and how many sectors from there on share it. */
+static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
+				  unsigned int max, unsigned int *sectors)
+{
+	unsigned int skip = sector % NBDCOW_BLOCK_SECTORS;
+	enum nbdcow_state state;
+	u64 run;
+
+	state = nbdcow_overlay_state(t->overlay, nbdcow_block(sector),
+				     DIV_ROUND_UP(skip + max,
+						  NBDCOW_BLOCK_SECTORS), &run);
+	*sectors = min_t(u64, max, run * NBDCOW_BLOCK_SECTORS - skip);
+	if (state == NBDCOW_BASE) {
+		if (sector >= t->base_sectors)
+			state = NBDCOW_ZERO;
+		else
+			*sectors = min_t(sector_t, *sectors,
+					 t->base_sectors - sector);
+	}
+	return state;
+}
+
+/* The first @sectors of a bio are done or taken; let the core send the rest. */
+static void accept(struct bio *bio, unsigned int sectors)
+{
+	if (sectors < bio_sectors(bio))
+		dm_accept_partial_bio(bio, sectors);
+}
+
+static int finish(struct bio *bio, int error)
+{
+	nbdcow_bio_complete(bio, error);
+	return DM_MAPIO_SUBMITTED;
+}
+
+static int map_read(struct nbdcow_target *t, struct bio *bio)
+{
+	unsigned int total = bio_sectors(bio), done = 0, n;
+	struct bvec_iter iter = bio->bi_iter;
+	struct nbdcow_piece piece;
+	enum nbdcow_state state;
+	sector_t sector;
+	int ret;
+
+	while (done < total) {
+		sector = dm_target_offset(t->ti, iter.bi_sector);
+		state = state_at(t, sector, total - done, &n);
+
+		if (state == NBDCOW_BASE) {
+			if (done)
+				break;
+			accept(bio, n);
+			bio_set_dev(bio, t->base->bdev);
+			bio->bi_iter.bi_sector = sector;
+			return DM_MAPIO_REMAPPED;
+		}
+		if (state == NBDCOW_ZERO) {
+			nbdcow_zero_bio(bio, &iter, n << SECTOR_SHIFT);
+			done += n;
+			continue;
+		}
+		while (n) {
+			nbdcow_piece_init(&piece, t, bio, iter);
+			ret = nbdcow_overlay_read(t->overlay, &piece);
+			if (ret == -ESTALE)	/* discarded or reset */
+				break;
+			if (ret)
+				return finish(bio, ret);
+			iter = piece.iter;
+			done += piece.bytes >> SECTOR_SHIFT;
+			n -= min(n, piece.bytes >> SECTOR_SHIFT);
+		}
+	}
+	accept(bio, done);
+	return finish(bio, 0);
+}
+
+/* WRITE, or the parts of blocks at the ends of a WRITE_ZEROES. */
+static int map_write(struct nbdcow_target *t, struct bio *bio)
+{
+	unsigned int total = bio_sectors(bio), done = 0;
+	struct bvec_iter iter = bio->bi_iter;
+	struct nbdcow_piece piece;
+	int ret;
+
+	while (done < total) {
+		nbdcow_piece_init(&piece, t, bio, iter);
+		ret = nbdcow_overlay_write(t->overlay, &piece);
+		if (ret == -ENODATA) {
+			if (done)
+				break;
+			accept(bio, piece.bytes >> SECTOR_SHIFT);
+			nbdcow_rmw_submit(t, bio);
+			return DM_MAPIO_SUBMITTED;
+		}
+		if (ret)
+			return finish(bio, ret);
+		iter = piece.iter;
+		done += piece.bytes >> SECTOR_SHIFT;
+	}
+	accept(bio, done);
+	return finish(bio, 0);
+}
+
+/*
+ * DISCARD and WRITE_ZEROES. A block that the device's end cuts counts as
+ * whole, unless the base goes on behind it and a longer table could show that.
+ */
+static int map_zero(struct nbdcow_target *t, struct bio *bio)
+{
+	sector_t start = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+	sector_t end = start + bio_sectors(bio);
+	u64 first = DIV_ROUND_UP_ULL(start, NBDCOW_BLOCK_SECTORS);
+	u64 last = nbdcow_block(end);
+	unsigned int head, body;
+
+	if (end == t->ti->len && t->base_sectors <= end)
+		last = DIV_ROUND_UP_ULL(end, NBDCOW_BLOCK_SECTORS);
+
+	if (bio_op(bio) == REQ_OP_WRITE_ZEROES) {
+		head = min_t(sector_t, end, first * NBDCOW_BLOCK_SECTORS) - start;
+		if (!head && first >= last)
+			head = end - start;
+		if (head) {
+			accept(bio, head);
+			return map_write(t, bio);
+		}
+		body = min_t(sector_t, end, last * NBDCOW_BLOCK_SECTORS) - start;
+		accept(bio, body);
+	}
+	if (first >= last)
+		return finish(bio, 0);
+	return finish(bio, nbdcow_overlay_zero(t->overlay, first, last - first,
+					       bio->bi_opf & REQ_NOWAIT));
+}
+
+static int nbdcow_map(struct dm_target *ti, struct bio *bio)
+{
+	struct nbdcow_target *t = ti->private;
+
+	switch (bio_op(bio)) {
+	case REQ_OP_READ:
+		return map_read(t, bio);
+	case REQ_OP_WRITE:
+		return map_write(t, bio);
+	case REQ_OP_DISCARD:
+	case REQ_OP_WRITE_ZEROES:
+		return map_zero(t, bio);
+	default:
+		return DM_MAPIO_KILL;
+	}
+}
+
+static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
+			 blk_status_t *status)
+{
+	struct nbdcow_target *t = ti->private;
+
+	if (bio->bi_bdev == t->base->bdev && *status != BLK_STS_AGAIN)
+		nbdcow_base_done(t, *status);
+	return DM_ENDIO_DONE;
+}
+
+/*
+ * Construction
+ */
+
+static void nbdcow_dtr(struct dm_target *ti)
+{
+	struct nbdcow_target *t = ti->private;
+
+	nbdcow_rmw_exit(t);
+	if (t->overlay) {
+		nbdcow_overlay_set_event(t->overlay, ti, false);
+		nbdcow_overlay_put(t->overlay);
+	}
+	if (t->base)
+		dm_put_device(ti, t->base);
+	kfree(t);
+}
+
+/* Feature arguments; *@tmpfs_dir points into @as. */
+static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
+			  const char **tmpfs_dir, char **error)
+{
+	static const struct dm_arg args[] = {
+		{ 0, 4, "Invalid number of feature arguments" },
+	};
+	unsigned int left;
+	const char *name, *value;
+
+	if (!as->argc)
+		return 0;
+	if (dm_read_arg_group(args, as, &left, error))
+		return -EINVAL;
+	if (as->argc > left) {
+		*error = "More arguments than the number of feature arguments says";
+		return -EINVAL;
+	}
+
+	for (; left; left -= min(left, 2U)) {
+		name = dm_shift_arg(as);
+		value = left > 1 ? dm_shift_arg(as) : NULL;
+		if (!strcasecmp(name, "limit")) {
+			if (t->limit != NBDCOW_NO_LIMIT || !value ||
+			    nbdcow_parse_limit(value, &t->limit)) {
+				*error = "limit takes a number of 4 KiB blocks, at least 1, once";
+				return -EINVAL;
+			}
+		} else if (!strcasecmp(name, "tmpfs")) {
+			if (*tmpfs_dir || !value || *value != '/') {
+				*error = "tmpfs takes the absolute path of a directory, once";
+				return -EINVAL;
+			}
+			*tmpfs_dir = value;
+		} else {
+			*error = "Unknown feature argument: expected limit or tmpfs";
+			return -EINVAL;
+		}
+	}
+	return 0;
+}
+
+static int open_base(struct dm_target *ti, const char *path)
+{
+	struct nbdcow_target *t = ti->private;
+	int ret = dm_get_device(ti, path, BLK_OPEN_READ, &t->base);
+
+	if (ret) {
+		ti->error = ret == -EBUSY ?
+			"The base device is in use by something that may write to it" :
+			"Cannot open the base device";
+		return ret;
+	}
+	if (t->base->bdev->bd_dev == disk_devt(dm_disk(dm_table_get_md(ti->table)))) {
+		ti->error = "A device cannot be its own base";
+		return -ELOOP;
+	}
+	t->base_sectors = bdev_nr_sectors(t->base->bdev);
+	return 0;
+}
+
+/*
+ * <base device> [<#feature args> [<arg>]*]
+ *
+ *	<base device>	any block device, opened read-only
+ *	limit <blocks>	most 4 KiB blocks the overlay may store
+ *	tmpfs <dir>	store them on the tmpfs mounted at this directory
+ */
+static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
+{
+	struct dm_arg_set as = { .argc = argc, .argv = argv };
+	const char *base_path, *tmpfs_dir = NULL;
+	struct nbdcow_overlay *ov;
+	struct nbdcow_target *t;
+	int ret;
+
+	base_path = dm_shift_arg(&as);
+	if (!base_path) {
+		ti->error = "No base device given";
+		return -EINVAL;
+	}
+	t = kzalloc(sizeof(*t), GFP_KERNEL_ACCOUNT);
+	if (!t) {
+		ti->error = "Not enough memory";
+		return -ENOMEM;
+	}
+	t->ti = ti;
+	t->limit = NBDCOW_NO_LIMIT;
+	ti->private = t;
+
+	ret = nbdcow_rmw_init(t);
+	if (ret) {
+		ti->error = "Not enough memory";
+		goto bad;
+	}
+	ret = parse_features(&as, t, &tmpfs_dir, &ti->error);
+	if (ret)
+		goto bad;
+	ret = open_base(ti, base_path);
+	if (ret)
+		goto bad;
+	ov = nbdcow_overlay_get(ti, tmpfs_dir, &ti->error);
+	if (IS_ERR(ov)) {
+		ret = PTR_ERR(ov);
+		goto bad;
+	}
+	t->overlay = ov;
+
+	ti->num_discard_bios = 1;
+	ti->num_write_zeroes_bios = 1;
+	ti->discards_supported = true;
+	return 0;
+
+bad:
+	nbdcow_dtr(ti);
+	return ret;
+}
+
+static int nbdcow_preresume(struct dm_target *ti)
+{
+	struct nbdcow_target *t = ti->private;
+
+	nbdcow_overlay_set_event(t->overlay, ti, true);
+	nbdcow_overlay_set_limit(t->overlay, READ_ONCE(t->limit));
+	return 0;
+}
+
+static void nbdcow_resume(struct dm_target *ti)
+{
+	struct gendisk *disk = dm_disk(dm_table_get_md(ti->table));
+
+	/* Other targets in the table may be unable to zero. */
+	if (ti->len == get_capacity(disk))
+		nbdcow_offer_write_zeroes(disk->queue, NBDCOW_MAX_ZERO_SECTORS);
+}
+
+static int nbdcow_iterate_devices(struct dm_target *ti,
+				  iterate_devices_callout_fn fn, void *data)
+{
+	struct nbdcow_target *t = ti->private;
+
+	return fn(ti, t->base, 0, min_t(sector_t, ti->len, t->base_sectors), data);
+}
+
+static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
+{
+	limits->physical_block_size = max(limits->physical_block_size,
+					  NBDCOW_BLOCK_BYTES);
+	limits->io_min = max(limits->io_min, NBDCOW_BLOCK_BYTES);
+	limits->alignment_offset = 0;
+	limits->discard_granularity = max(limits->logical_block_size,
+					  NBDCOW_BLOCK_BYTES);
+	limits->discard_alignment = 0;
+	limits->max_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
+	limits->max_hw_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
+	nbdcow_limits_no_write_cache(limits);
+}
+
+static struct target_type nbdcow_target_type = {
+	.name = "nbdcow",
+	.version = { 1, 0, 0 },
+	.features = DM_TARGET_NOWAIT,
+	.module = THIS_MODULE,
+	.ctr = nbdcow_ctr,
+	.dtr = nbdcow_dtr,
+	.map = nbdcow_map,
+	.end_io = nbdcow_end_io,
+	.preresume = nbdcow_preresume,
+	.resume = nbdcow_resume,
+	.status = nbdcow_status,
+	.message = nbdcow_message,
+	.iterate_devices = nbdcow_iterate_devices,
+	.io_hints = nbdcow_io_hints,
+};
+
+/*
+ * Module
+ */
+
+static char total_limit[32] = "50%";
+
+static int total_limit_set(const char *value, const struct kernel_param *kp)
+{
+	unsigned long long number, blocks;
+	char text[sizeof(total_limit)], *end;
+
+	if (strscpy(text, value, sizeof(text)) < 0)
+		return -EINVAL;
+	strim(text);
+	number = memparse(text, &end);
+	if (!strcmp(text, "none")) {
+		blocks = NBDCOW_NO_LIMIT;
+	} else if (end == text) {
+		return -EINVAL;
+	} else if (!strcmp(end, "%") && number <= 1000) {
+		blocks = ((u64)totalram_pages() << PAGE_SHIFT) / 100 * number >>
+			 NBDCOW_BLOCK_SHIFT;
+	} else if (!*end) {
+		blocks = number >> NBDCOW_BLOCK_SHIFT;
+	} else {
+		return -EINVAL;
+	}
+
+	strscpy(total_limit, text, sizeof(total_limit));
+	WRITE_ONCE(nbdcow_total_limit, min_t(u64, blocks, NBDCOW_NO_LIMIT));
+	return 0;
+}
+
+static const struct kernel_param_ops total_limit_ops = {
+	.set = total_limit_set,
+	.get = param_get_string,
+};
+
+static int total_used_get(char *buffer, const struct kernel_param *kp)
+{
+	return sysfs_emit(buffer, "%ld\n", atomic_long_read(&nbdcow_total_used));
+}
+
+static const struct kernel_param_ops total_used_ops = {
+	.get = total_used_get,
+};
+
+static struct kparam_string total_limit_string = {
+	.maxlen = sizeof(total_limit),
+	.string = total_limit,
+};
+
+module_param_cb(total_limit, &total_limit_ops, &total_limit_string, 0644);
+MODULE_PARM_DESC(total_limit,
+		 "Most that all overlays together may store: bytes with K, M, G or T, a percentage of the RAM, or none (default 50%)");
+module_param_cb(total_used, &total_used_ops, NULL, 0444);
+MODULE_PARM_DESC(total_used, "4 KiB blocks that all overlays together store");
+
+static int __init nbdcow_init(void)
+{
+	int ret;
+
+	if (!nbdcow_total_limit)
+		total_limit_set(total_limit, NULL);
+
+	ret = nbdcow_map_init();
+	if (ret)
+		return ret;
+	nbdcow_wq = alloc_workqueue("nbdcow", WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
+	if (!nbdcow_wq) {
+		ret = -ENOMEM;
+		goto bad_map;
+	}
+	ret = dm_register_target(&nbdcow_target_type);
+	if (ret)
+		goto bad_wq;
+	return 0;
+
+bad_wq:
+	destroy_workqueue(nbdcow_wq);
+bad_map:
+	nbdcow_map_exit();
+	return ret;
+}
+
+static void __exit nbdcow_exit(void)
+{
+	dm_unregister_target(&nbdcow_target_type);
+	destroy_workqueue(nbdcow_wq);
+	nbdcow_map_exit();
+}
+
+module_init(nbdcow_init);
+module_exit(nbdcow_exit);
+
+MODULE_DESCRIPTION("device-mapper temporary writable copy of a read-only device");
+MODULE_AUTHOR("The dm-nbdcow developers");
+MODULE_LICENSE("GPL");

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The tmpfs file behind an overlay: look up, get, copy in, copy out, punch.
+ * Getting a page may allocate and sleep; copying never does.
+ */
+#include <linux/dcache.h>
+#include <linux/file.h>
+#include <linux/highmem.h>
+#include <linux/magic.h>
+#include <linux/mount.h>
+#include <linux/namei.h>
+#include <linux/sched/mm.h>
+
+#include "compat.h"
+#include "nbdcow.h"
+
+/* Holes cost nothing, so the file is as large as any device may become. */
+#define NBDCOW_STORE_BYTES	(MAX_LFS_FILESIZE & PAGE_MASK)
+
+static pgoff_t block_index(u64 block)
+{
+	return block >> (PAGE_SHIFT - NBDCOW_BLOCK_SHIFT);
+}
+
+/* First byte of a block within its page, where pages are larger than blocks. */
+static unsigned int block_offset(u64 block)
+{
+	return offset_in_page((unsigned long)block << NBDCOW_BLOCK_SHIFT);
+}
+
+/**
+ * nbdcow_store_create() - make the file that holds an overlay's blocks
+ * @dir: a directory on the tmpfs mount to use, or NULL for the kernel's own
+ * @error: set to a message when it fails
+ *
+ * Context: process context of whoever creates the device, may sleep.
+ * Return: an unlinked, empty file or an ERR_PTR.
+ */
+struct file *nbdcow_store_create(const char *dir, char **error)
+{
+	struct file *file;
+	struct path path;
+	int ret;
+
+	if (!dir) {
+		file = shmem_file_setup("dm-nbdcow", NBDCOW_STORE_BYTES,
+					mk_vma_flags(VMA_NORESERVE_BIT));
+		if (IS_ERR(file))
+			*error = "Cannot create the overlay's file";
+		return file;
+	}
+
+	ret = kern_path(dir, LOOKUP_FOLLOW | LOOKUP_DIRECTORY, &path);
+	if (ret) {
+		*error = "tmpfs: no such directory";
+		return ERR_PTR(ret);
+	}
+	if (path.mnt->mnt_sb->s_magic != TMPFS_MAGIC) {
+		*error = "tmpfs: the directory is not on a tmpfs";
+		file = ERR_PTR(-EINVAL);
+	} else {
+		file = shmem_file_setup_with_mnt(path.mnt, "dm-nbdcow",
+						 NBDCOW_STORE_BYTES,
+						 mk_vma_flags(VMA_NORESERVE_BIT));
+		if (IS_ERR(file))
+			*error = "tmpfs: cannot create the overlay's file there";
+	}
+	path_put(&path);
+	return file;
+}
+
+/**
+ * nbdcow_store_destroy() - give all pages back at once, then drop the file
+ * @file: the file, or NULL
+ *
+ * Context: process context, may sleep; nobody uses the file any more.
+ */
+void nbdcow_store_destroy(struct file *file)
+{
+	if (!file)
+		return;
+	shmem_truncate_range(file_inode(file), 0, (loff_t)-1);
+	fput(file);
+}
+
+/**
+ * nbdcow_store_find() - find a block's page if it is in memory
+ * @file: the file
+ * @block: the block
+ *
+ * The page may already have been removed from the file, or be about to be
+ * filled: the caller looks at the block's state after this call. Taking the
+ * reference is a fully ordered atomic, so that look cannot come too early.
+ *
+ * Context: any; @file is kept alive by RCU or a lock.
+ * Return: the page with a reference, or NULL.
+ */
+struct page *nbdcow_store_find(struct file *file, u64 block)
+{
+	pgoff_t index = block_index(block);
+	struct folio *folio = filemap_get_folio(file->f_mapping, index);
+	struct page *page;
+
+	if (IS_ERR(folio))
+		return NULL;
+	page = folio_file_page(folio, index);
+	if (unlikely(PageHWPoison(page))) {
+		folio_put(folio);
+		return NULL;	/* nbdcow_store_get_locked() says -EIO */
+	}
+	return page;
+}
+
+/**
+ * nbdcow_store_get_locked() - find a block's page, or bring it into being
+ * @file: the file
+ * @block: the block
+ * @nowait: do not sleep; -EAGAIN where that would be needed
+ * @exists: the block is stored, so that a missing page is on swap
+ *
+ * A new page is zeroed and not yet dirty. The memory comes from whoever is the
+ * active memory cgroup; running out of it is an error, never the OOM killer's
+ * business.
+ *
+ * Context: under the block's shard lock, so that nobody removes the page.
+ *	Sleeps unless @nowait; GFP_NOIO.
+ * Return: the page, locked and with a reference, or -ENOSPC, -ENOMEM, -EIO
+ *	(a block lost by a broken swap device) or -EAGAIN as an ERR_PTR.
+ */
+struct page *nbdcow_store_get_locked(struct file *file, u64 block, bool nowait,
+				     bool exists)
+{
+	struct address_space *mapping = file->f_mapping;
+	gfp_t gfp = GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	struct page *page;
+	unsigned int noio;
+
+	if (nowait)
+		gfp = GFP_NOWAIT;
+	gfp |= (mapping_gfp_mask(mapping) & (__GFP_HIGHMEM | __GFP_MOVABLE)) |
+	       __GFP_NOMEMALLOC | __GFP_NOWARN;
+
+	for (;;) {
+		page = nbdcow_store_find(file, block);
+		if (!page) {
+			if (nowait && exists)
+				return ERR_PTR(-EAGAIN);
+			noio = memalloc_noio_save();
+			page = shmem_read_mapping_page_gfp(mapping,
+							   block_index(block), gfp);
+			memalloc_noio_restore(noio);
+			if (IS_ERR(page)) {
+				if (nowait && PTR_ERR(page) == -ENOMEM)
+					return ERR_PTR(-EAGAIN);
+				return page;
+			}
+		}
+		if (!nowait) {
+			lock_page(page);
+		} else if (!trylock_page(page)) {
+			put_page(page);
+			return ERR_PTR(-EAGAIN);
+		}
+		/* Reclaim may have moved it to the swap cache meanwhile. */
+		if (likely(page_folio(page)->mapping == mapping &&
+			   PageUptodate(page)))
+			return page;
+		unlock_page(page);
+		put_page(page);
+	}
+}
+
+/**
+ * nbdcow_store_punch() - give the pages of a range of blocks back
+ * @file: the file
+ * @block: first block
+ * @count: number of blocks
+ *
+ * Context: under the range's shard lock for write; sleeps.
+ */
+void nbdcow_store_punch(struct file *file, u64 block, u64 count)
+{
+	loff_t start = (loff_t)block << NBDCOW_BLOCK_SHIFT;
+	loff_t bytes = (loff_t)count << NBDCOW_BLOCK_SHIFT;
+	unsigned int noio = memalloc_noio_save();
+
+	shmem_truncate_range(file_inode(file), start, start + bytes - 1);
+	memalloc_noio_restore(noio);
+}
+
+/**
+ * nbdcow_zero_bio() - fill a part of a read bio with zeroes
+ * @bio: the bio
+ * @iter: where to begin; advanced
+ * @bytes: how many bytes
+ *
+ * Context: any.
+ */
+void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
+		     unsigned int bytes)
+{
+	while (bytes) {
+		struct bio_vec bv = bio_iter_iovec(bio, *iter);
+
+		bv.bv_len = min(bv.bv_len, bytes);
+		memzero_bvec(&bv);
+		bio_advance_iter_single(bio, iter, bv.bv_len);
+		bytes -= bv.bv_len;
+	}
+}
+
+/**
+ * nbdcow_copy_from_page() - copy a stored block's bytes to a read bio
+ * @piece: which bytes; its iterator is advanced
+ * @page: the block's page
+ *
+ * Context: any; the caller holds a reference to @page.
+ */
+void nbdcow_copy_from_page(struct nbdcow_piece *piece, struct page *page)
+{
+	void *mapped = kmap_local_page(page);
+	const void *from = mapped + block_offset(piece->block) + piece->offset;
+	unsigned int left = piece->bytes;
+
+	while (left) {
+		struct bio_vec bv = bio_iter_iovec(piece->bio, piece->iter);
+
+		bv.bv_len = min(bv.bv_len, left);
+		memcpy_to_bvec(&bv, from);
+		bio_advance_iter_single(piece->bio, &piece->iter, bv.bv_len);
+		from += bv.bv_len;
+		left -= bv.bv_len;
+	}
+	kunmap_local(mapped);
+}
+
+/**
+ * nbdcow_copy_to_page() - copy a write bio's bytes to a block's page
+ * @piece: which bytes; its iterator is advanced
+ * @page: the block's page, which the caller marks dirty afterwards
+ *
+ * Context: any; the caller holds a reference to @page.
+ */
+void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page)
+{
+	void *mapped = kmap_local_page(page);
+	void *to = mapped + block_offset(piece->block) + piece->offset;
+	unsigned int left = piece->bytes;
+
+	if (bio_op(piece->bio) == REQ_OP_WRITE_ZEROES) {
+		memset(to, 0, left);
+		bio_advance_iter(piece->bio, &piece->iter, left);
+		left = 0;
+	}
+	while (left) {
+		struct bio_vec bv = bio_iter_iovec(piece->bio, piece->iter);
+
+		bv.bv_len = min(bv.bv_len, left);
+		memcpy_from_bvec(to, &bv);
+		bio_advance_iter_single(piece->bio, &piece->iter, bv.bv_len);
+		to += bv.bv_len;
+		left -= bv.bv_len;
+	}
+	kunmap_local(mapped);
+}
+
+/**
+ * nbdcow_fill_page() - give a block the bytes that a partial write leaves alone
+ * @piece: the write
+ * @page: the block's page
+ * @content: the whole block as it was, or NULL for zeroes
+ *
+ * Context: any; under the page lock.
+ */
+void nbdcow_fill_page(const struct nbdcow_piece *piece, struct page *page,
+		      const void *content)
+{
+	void *mapped = kmap_local_page(page);
+	void *to = mapped + block_offset(piece->block);
+
+	if (content)
+		memcpy(to, content, NBDCOW_BLOCK_BYTES);
+	else
+		memset(to, 0, NBDCOW_BLOCK_BYTES);
+	kunmap_local(mapped);
+}
