@@ -13,6 +13,10 @@
 
 #define DM_MSG_PREFIX "nbdcow"
 
+/* How often, and after how long, a write without memory tries again. */
+#define NBDCOW_NOMEM_TRIES	25
+#define NBDCOW_NOMEM_WAIT	(HZ / 50 + 1)
+
 /* The most blocks that all overlays together may store, and do store. */
 unsigned long nbdcow_total_limit;
 atomic_long_t nbdcow_total_used;
@@ -315,7 +319,7 @@ static int prepare_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 		    __GFP_NOWARN;
 
 	if (!reserve(ov, layer))
-		return -ENOSPC;
+		return -EDQUOT;
 	if (nbdcow_map_prepare(layer->map, block, gfp)) {
 		unreserve(layer, 1);
 		return nowait ? -EAGAIN : -ENOMEM;
@@ -353,8 +357,6 @@ static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece
 		ret = PTR_ERR(page);
 		if (new)
 			unreserve(layer, 1);
-		if (ret == -ENOSPC || ret == -ENOMEM)
-			WRITE_ONCE(ov->store_full, true);
 		goto out;
 	}
 
@@ -387,20 +389,32 @@ out:
 int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
 	struct rw_semaphore *lock = shard(ov, piece->block);
+	unsigned int tries = READ_ONCE(ov->store_full) ? 1 : NBDCOW_NOMEM_TRIES;
 	int ret;
 
 	if (rewrite(ov, piece))
 		return 0;
 
-	if (!lock_shard_read(lock, piece->nowait))
-		return -EAGAIN;
-	ret = __overlay_write(ov, piece);
-	up_read(lock);
+	for (;;) {
+		if (!lock_shard_read(lock, piece->nowait))
+			return -EAGAIN;
+		ret = __overlay_write(ov, piece);
+		up_read(lock);
+		if (ret != -ENOMEM || --tries == 0)
+			break;
+		/* kswapd can do what GFP_NOIO cannot: swap out. */
+		schedule_timeout_uninterruptible(NBDCOW_NOMEM_WAIT);
+	}
 
-	if (ret == -ENOSPC || ret == -ENOMEM)
-		refused(ov, ret);
-	else if (!ret)
+	if (!ret) {
 		level_update(ov);
+	} else if (ret == -EDQUOT) {
+		ret = -ENOSPC;
+		refused(ov, ret);
+	} else if (ret == -ENOSPC || ret == -ENOMEM) {
+		WRITE_ONCE(ov->store_full, true);
+		refused(ov, ret);
+	}
 	return ret;
 }
 
