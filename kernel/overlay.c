@@ -291,7 +291,13 @@ static bool rewrite(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 	if (!page)
 		return false;
 	nbdcow_copy_to_page(piece, page);
-	/* Dirty before the reference goes, or reclaim may drop the bytes. */
+	/*
+	 * Dirty before the reference goes, or reclaim may drop the bytes. And
+	 * the bytes before the look whether it is dirty already, or reclaim may
+	 * clear the flag and write the page without them. Pairs with the
+	 * atomic test and clear in folio_clear_dirty_for_io().
+	 */
+	smp_mb();
 	set_page_dirty(page);
 	put_page(page);
 	return true;
