@@ -1,23 +1,175 @@
 # SPDX-License-Identifier: GPL-2.0-only
+#
+# dm-nbdcow; `make help' tells what there is to make.
 
-KDIR := /lib/modules/$(shell uname -r)/build
-RELEASE := $(shell sed -n 's/.*UTS_RELEASE "\(.*\)"/\1/p' $(KDIR)/include/generated/utsrelease.h 2>/dev/null)
-MODULE := build/modules/$(RELEASE)$(VARIANT)/dm-nbdcow.ko
+KDIR ?= /lib/modules/$(shell uname -r)/build
+PREFIX ?= /usr/local
+CFLAGS ?= -O2 -g
+KERNELS ?= 6.1 6.12
 
-.PHONY: module tool
-module: $(MODULE)
+V ?= 0
+Q := $(if $(filter 1,$(V)),,@)
+say = @printf '  %-8s %s\n' $(1) '$(2)'
+export PATH := $(PATH):/usr/sbin:/sbin
 
-# Headers name the compiler their kernel was built with; without it, any will do.
-KCC = $(shell sed -n 's/^CC = .*)\(gcc-[0-9]*\)$$/\1/p' $(KDIR)/.kernelvariables 2>/dev/null)
-KMAKE = $(MAKE) -C $(KDIR) $(if $(shell command -v $(KCC)),,CC=gcc)
+# B is where one kind of build goes: build/, or a directory in it for the checks.
+B := build
+release := $(shell sed -n 's/.*UTS_RELEASE "\(.*\)"/\1/p' \
+	$(KDIR)/include/generated/utsrelease.h 2>/dev/null)
+ko := $(B)/modules/$(release)/dm-nbdcow.ko
 
-# Kbuild works beside the sources it is given, so it is given links to ours.
-$(MODULE): Kbuild $(wildcard kernel/*.[ch])
+.PHONY: all
+all: tool $(if $(release),module,no-module)
+
+.PHONY: help
+help:
+	@echo 'Try it, on Debian 12 or 13; both install what they need from Debian (as root or'
+	@echo 'with sudo) and run in throw-away virtual machines with stock Debian kernels:'
+	@echo '  make demo            the whole story on a real disk image, in a few minutes'
+	@echo '  make check           all checks and tests; ends with "N passed, N failed"'
+	@echo '                       KERNELS="$(KERNELS)": the kernels to test on'
+	@echo '                       TESTS="data limit": only these scripts of tests/'
+	@echo '  RUNNING_KERNEL=1     with demo or check, as root: here and now, no virtual machine'
+	@echo '  tests/vm/run COMMAND any command in such a machine; its first lines tell more'
+	@echo
+	@echo 'Use it on this machine:'
+	@echo '  make                 the tool, and the module for the running kernel'
+	@echo '  make install         both, and the man page; as root, then: modprobe dm-nbdcow'
+	@echo '  make uninstall       takes them away again'
+	@echo '                       PREFIX=$(PREFIX), DESTDIR=; KDIR=headers of another kernel'
+	@echo
+	@echo 'Parts:'
+	@echo '  make tool            build/cowctl'
+	@echo '  make module          build/modules/RELEASE/dm-nbdcow.ko'
+	@echo '  make deps            installs the packages that demo and check need'
+	@echo '  make clean           removes what was built; keeps downloaded kernels and images'
+	@echo '  make distclean       removes build/ as a whole'
+	@echo '  V=1                  shows each command'
+
+#
+# The module
+#
+
+.PHONY: module no-module need-headers
+module: need-headers
+	$(Q)$(MAKE) --no-print-directory $(ko)
+
+no-module:
+	@echo "no module: the headers of kernel $$(uname -r) are missing" \
+		"(on Debian: apt install linux-headers-$$(uname -r))"
+
+need-headers:
+	@[ -n '$(release)' ] || { $(MAKE) -s no-module >&2; exit 1; }
+
+# Debian's headers name the compiler of their kernel; where it is missing any will do.
+kcc = $(shell sed -n 's/^CC = .*\(gcc-[0-9]*\)$$/\1/p' $(KDIR)/.kernelvariables 2>/dev/null)
+kmake = $(MAKE) -C $(KDIR) $(if $(Q),-s) $(if $(kcc),$(if $(shell command -v $(kcc)),,CC=gcc)) \
+	$(if $(WERROR),KCFLAGS=-Werror W=1 C=1 CF=-Wsparse-error)
+
+# Kbuild builds beside the sources, so it is given links to them.
+$(ko): Kbuild $(wildcard kernel/*.[ch])
+	$(call say,MODULE,$@)
 	$(Q)mkdir -p $(@D)/kernel
 	$(Q)ln -sf $(CURDIR)/Kbuild $(@D)/
 	$(Q)ln -sf $(CURDIR)/kernel/*.[ch] $(@D)/kernel/
-	$(Q)flock $(@D) $(KMAKE) M=$(CURDIR)/$(@D) modules
+	$(Q)flock $(@D) $(kmake) M=$(CURDIR)/$(@D) modules
 	$(Q)touch $@
 
-tool:
-	$(Q)if [ -e tools/Makefile ]; then $(MAKE) -C tools; fi
+#
+# The tool, and the helpers of the tests
+#
+
+libraries := devmapper json-c
+warnings := -Wall -Wextra -Wshadow $(if $(WERROR),-Werror)
+tool_objects := $(patsubst tools/%.c,$(B)/tools/%.o,$(wildcard tools/*.c))
+
+.PHONY: tool test-helpers man
+tool: $(B)/cowctl
+man: build/cowctl.8
+test-helpers:
+	$(Q)$(MAKE) --no-print-directory $(if $(Q),-s) -C tests OUTPUT=../$(B)/tests \
+		CFLAGS='$(CFLAGS) $(if $(WERROR),-Werror)' LDFLAGS='$(LDFLAGS)'
+
+$(B)/cowctl: $(tool_objects)
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) $^ $$(pkg-config --libs $(libraries)) -o $@
+
+$(B)/tools/%.o: tools/%.c $(wildcard tools/*.h) Makefile
+	$(call say,CC,$@)
+	$(Q)pkg-config --exists $(libraries) || { echo >&2 "no tool: pkg-config, libdevmapper-dev or" \
+		"libjson-c-dev is missing ('make deps' installs all that is needed)"; exit 1; }
+	$(Q)mkdir -p $(@D)
+	$(Q)$(CC) -std=gnu11 $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries)) -c $< -o $@
+
+build/%.8: Documentation/%.8.rst
+	$(call say,MAN,$@)
+	$(Q)mkdir -p $(@D)
+	$(Q)rst2man --strict $< >$@.part
+	$(Q)mv $@.part $@
+
+#
+# On this machine
+#
+
+modules := $(DESTDIR)/lib/modules
+sbin := $(DESTDIR)$(PREFIX)/sbin
+man8 := $(DESTDIR)$(PREFIX)/share/man/man8
+with_man := $(shell command -v rst2man)
+
+.PHONY: install uninstall
+install: module tool $(if $(with_man),man)
+	$(Q)install -D -m 644 $(ko) $(modules)/$(release)/updates/dm-nbdcow.ko
+	$(Q)[ -n '$(DESTDIR)' ] || depmod -a $(release)
+	$(Q)install -D -m 755 $(B)/cowctl $(sbin)/cowctl
+ifneq ($(with_man),)
+	$(Q)install -D -m 644 build/cowctl.8 $(man8)/cowctl.8
+else
+	@echo 'no man page: rst2man is missing (on Debian: apt install python3-docutils)'
+endif
+
+uninstall:
+	$(Q)for ko in $(modules)/*/updates/dm-nbdcow.ko; do \
+		[ -e "$$ko" ] || continue; \
+		rm -f "$$ko"; \
+		ko=$${ko#$(modules)/}; \
+		[ -n '$(DESTDIR)' ] || depmod -a "$${ko%%/*}"; \
+	done
+	$(Q)rm -f $(sbin)/cowctl $(man8)/cowctl.8
+
+#
+# Try and check
+#
+
+packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev python3-docutils \
+	libelf-dev dwarves sparse shellcheck perl xz-utils zstd debian-archive-keyring \
+	qemu-system-x86 qemu-utils busybox-static \
+	nbdkit nbd-client nbd-server libnbd-bin dmsetup fio jq e2fsprogs xfsprogs gdisk kpartx \
+	debootstrap
+
+.PHONY: deps
+deps:
+	$(Q)missing=; for package in $(packages); do \
+		[ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || \
+			missing="$$missing $$package"; \
+	done; \
+	[ -n "$$missing" ] || exit 0; \
+	sudo=; \
+	if [ "$$(id -u)" != 0 ]; then \
+		sudo=$$(command -v sudo) || { \
+			echo "run as root: apt-get install$$missing" >&2; exit 1; }; \
+	fi; \
+	echo "installing$$missing"; \
+	$$sudo apt-get update -q && \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
+
+.PHONY: demo check
+demo: deps
+	$(Q)demo/run
+check: deps
+	$(Q)tests/run-tests
+
+.PHONY: clean distclean
+clean:
+	$(Q)rm -rf build/cowctl build/cowctl.8 build/tools build/tests build/modules build/check build/vm
+distclean:
+	$(Q)rm -rf build
