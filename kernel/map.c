@@ -59,10 +59,13 @@ static void leaf_free_rcu(struct rcu_head *rcu)
 	kmem_cache_free(leaf_cache, container_of(rcu, struct nbdcow_leaf, rcu));
 }
 
-/* Callers hold the leaf's shard lock or have the map to themselves. */
+/*
+ * Callers hold the leaf's shard lock, maybe only for read: another installer
+ * may add the leaf meanwhile.
+ */
 static struct nbdcow_leaf *leaf_get(const struct nbdcow_map *map, u64 block)
 {
-	return rcu_dereference_protected(map->leaves[nbdcow_leaf_index(block)], 1);
+	return rcu_dereference_check(map->leaves[nbdcow_leaf_index(block)], 1);
 }
 
 /**
