@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The command line: one table of commands and one of keys give dispatch,
+ * checks and help.
+ */
+#include <errno.h>
+#include <getopt.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define KEY(k)	(1U << KEY_##k)
+
+static const struct {
+	const char *name;
+	const char *value;
+	const char *help;
+} keys[KEY_COUNT + 1] = {
+	[KEY_BASE] = { "base", "BASE",
+		       "block device, image file, nbd://HOST[:PORT][/EXPORT]\n"
+		       "\t\t\t    or nbd+unix:///[EXPORT]?socket=PATH" },
+	[KEY_LIMIT] = { "limit", "LIMIT",
+			"the most it may store: 4G, 25% (of the RAM) or none" },
+	[KEY_SIZE] = { "size", "SIZE", "size of the device; that of the base by default" },
+	[KEY_ROUND] = { "round", "up|down", "to blocks of 4096 bytes; down by default" },
+	[KEY_SOCKET] = { "socket", "PATH", "listen on this Unix socket" },
+	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
+	[KEY_ADDRESS] = { "address", "ADDRESS", "and on this address; 127.0.0.1 with port=" },
+	[KEY_SERVER] = { "server", "nbdkit|nbd-server", "what serves it; nbdkit by default" },
+	[KEY_FORCE] = { "force", "true|false", "even while it is in use" },
+};
+
+static const struct command {
+	const char *name;
+	int (*run)(const struct args *args);
+	const char *usage;
+	const char *help;
+	unsigned int keys;
+	bool no_name;			/* takes no NAME */
+} commands[] = {
+	{
+		.name = "create",
+		.run = cmd_create,
+		.usage = "[NAME] base=BASE [limit=LIMIT] [size=SIZE] [round=up]",
+		.help = "make a temporary writable copy of BASE",
+		.keys = KEY(BASE) | KEY(LIMIT) | KEY(SIZE) | KEY(ROUND),
+	}, {
+		.name = "remove",
+		.run = cmd_remove,
+		.usage = "[NAME]",
+		.help = "remove it, and all that was written to it",
+	}, {
+		.name = "list",
+		.run = cmd_list,
+		.usage = "",
+		.help = "show all of them",
+		.no_name = true,
+	}, {
+		.name = "status",
+		.run = cmd_status,
+		.usage = "[NAME]",
+		.help = "show one of them in detail",
+	}, {
+		.name = "reset",
+		.run = cmd_reset,
+		.usage = "[NAME] [force=true]",
+		.help = "forget all that was written to it, keep the device",
+		.keys = KEY(FORCE),
+	}, {
+		.name = "set",
+		.run = cmd_set,
+		.usage = "[NAME] limit=LIMIT",
+		.help = "change the limit, at once",
+		.keys = KEY(LIMIT),
+	}, {
+		.name = "export",
+		.run = cmd_export,
+		.usage = "[NAME] [socket=PATH | port=PORT address=ADDRESS] [server=nbd-server]",
+		.help = "serve it over NBD",
+		.keys = KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS) | KEY(SERVER),
+	}, {
+		.name = "unexport",
+		.run = cmd_unexport,
+		.usage = "[NAME]",
+		.help = "stop serving it",
+	},
+	{ .name = NULL }
+};
+
+static const struct command *find_command(const char *name)
+{
+	for (const struct command *c = commands; c->name; c++)
+		if (!strcmp(c->name, name))
+			return c;
+	return NULL;
+}
+
+static void help_command(const struct command *command)
+{
+	printf("Usage: cowctl %s%s%s\n\n%s\n", command->name, *command->usage ? " " : "",
+	       command->usage, command->help);
+	if (command->keys)
+		putchar('\n');
+	for (int i = 0; i < KEY_COUNT; i++) {
+		char *text;
+
+		if (!(command->keys & (1U << i)))
+			continue;
+		text = xasprintf("%s=%s", keys[i].name, keys[i].value);
+		printf("  %-25s %s\n", text, keys[i].help);
+		free(text);
+	}
+	if (!command->no_name)
+		puts("\nNAME is \"cow\" unless given; the device is /dev/mapper/NAME.");
+}
+
+static void help(void)
+{
+	puts("Usage: cowctl COMMAND [NAME] [key=value...] [--json]\n\n"
+	     "Temporary writable copies of block devices.\n");
+	for (const struct command *c = commands; c->name; c++)
+		printf("  %-9s %s\n", c->name, c->help);
+	puts("  help      explain a command\n\n"
+	     "  --json     print what is reported as JSON\n"
+	     "  --help     print this help\n"
+	     "  --version  print the version\n\n"
+	     "\"cowctl help COMMAND\" tells more, and the manual page cowctl(8) all.");
+}
+
+static int parse_key(const struct command *command, const char *text, struct args *args)
+{
+	const char *words[KEY_COUNT + 1], *guess;
+	size_t length = strcspn(text, "="), n = 0;
+	char *name = strndup(text, length);
+	int err = 0;
+
+	for (int i = 0; i < KEY_COUNT; i++) {
+		if (!(command->keys & (1U << i)))
+			continue;
+		words[n++] = keys[i].name;
+		if (!name || strcmp(name, keys[i].name))
+			continue;
+		if (args->value[i])
+			err = fail(-EINVAL, "%s= is given twice", name);
+		else if (!text[length + 1])
+			err = fail(-EINVAL, "%s= has no value", name);
+		args->value[i] = text + length + 1;
+		goto out;
+	}
+	words[n] = NULL;
+	guess = name ? nearest(name, words) : NULL;
+	err = fail(-EINVAL, guess ? "%s does not know %s=; did you mean %s=?" :
+		   "%s does not know %s=; see \"cowctl --help\"",
+		   command->name, name ?: text, guess);
+out:
+	free(name);
+	return err;
+}
+
+static int parse_args(const struct command *command, char **words, struct args *args)
+{
+	const char *reason;
+	int err;
+
+	for (; *words; words++) {
+		if (strchr(*words, '=')) {
+			err = parse_key(command, *words, args);
+			if (err)
+				return err;
+		} else if (strchr(*words, '/') && command->keys & KEY(BASE) &&
+			   !args->value[KEY_BASE]) {
+			/* No name has a slash in it, so this is what is meant. */
+			args->value[KEY_BASE] = *words;
+		} else if (!command->no_name && !args->name) {
+			args->name = *words;
+		} else {
+			return fail(-EINVAL, "%s: one argument too many: %s", command->name,
+				    *words);
+		}
+	}
+	if (!args->name)
+		args->name = "cow";
+	reason = name_error(args->name);
+	if (!reason && mangle_name(args->name, args->mangled))
+		reason = "is too long: other than plain characters count as four";
+	return reason ? fail(-EINVAL, "the name \"%s\" %s", args->name, reason) : 0;
+}
+
+static int unknown_command(const char *name)
+{
+	const char *words[sizeof(commands) / sizeof(commands[0])], *guess;
+	size_t n = 0;
+
+	for (const struct command *c = commands; c->name; c++)
+		words[n++] = c->name;
+	words[n] = NULL;
+	guess = nearest(name, words);
+	return fail(-EINVAL, guess ? "there is no command %s; did you mean %s?" :
+		    "there is no command %s; see \"cowctl --help\"", name, guess);
+}
+
+static int help_about(const char *name)
+{
+	const struct command *command = name ? find_command(name) : NULL;
+
+	if (name && !command)
+		return unknown_command(name);
+	if (command)
+		help_command(command);
+	else
+		help();
+	return 0;
+}
+
+/* The programs that are run may stand where root's PATH ends under sudo or cron. */
+static void complete_path(void)
+{
+	const char *path = getenv("PATH");
+	char *full = xasprintf("%s%s/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin", path ?: "",
+			       path && *path ? ":" : "");
+
+	setenv("PATH", full, 1);
+	free(full);
+}
+
+static int run_command(char **words, bool json, bool want_help)
+{
+	const struct command *command;
+	struct args args = { .json = json };
+	int err;
+
+	if (!words[0] && !want_help) {
+		help();
+		return -EINVAL;
+	}
+	if (!words[0] || want_help)
+		return help_about(words[0]);
+	if (!strcmp(words[0], "help"))
+		return help_about(words[1]);
+	command = find_command(words[0]);
+	if (!command)
+		return unknown_command(words[0]);
+	err = parse_args(command, words + 1, &args);
+	if (err)
+		return err;
+	if (geteuid())
+		return fail(-EPERM, "%s: you must be root to do this", command->name);
+	umask(022);
+	complete_path();
+	dm_init();
+	return command->run(&args);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "help", no_argument, NULL, 'h' },
+		{ "json", no_argument, NULL, 'j' },
+		{ "version", no_argument, NULL, 'V' },
+		{ .name = NULL }
+	};
+	bool json = false, want_help = false;
+	sigset_t all;
+	int c, err;
+
+	opterr = 0;
+	while ((c = getopt_long(argc, argv, "hjV", options, NULL)) != -1) {
+		switch (c) {
+		case 'h':
+			want_help = true;
+			break;
+		case 'j':
+			json = true;
+			break;
+		case 'V':
+			puts("cowctl " VERSION);
+			return 0;
+		default:
+			fail(-EINVAL, "there is no option %s; see \"cowctl --help\"",
+			     argv[optind - 1]);
+			return EXIT_USAGE;
+		}
+	}
+	err = run_command(argv + optind, json, want_help);
+	if (fflush(stdout) && !err)
+		err = fail(-errno, "cannot write the output: %m");
+	/* A signal that came meanwhile was held back until all was undone. */
+	sigfillset(&all);
+	sigprocmask(SIG_UNBLOCK, &all, NULL);
+	return exit_code(err);
+}

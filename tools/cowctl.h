@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * cowctl: make, watch and export temporary writable copies of block devices.
+ *
+ * cmds.c calls every layer; dm.c, nbd.c, loop.c and export.c know only util.c.
+ * Functions return 0 or -errno. The layer that fails prints the one message,
+ * through fail(); whoever gets the error back passes it on in silence.
+ */
+#ifndef COWCTL_H
+#define COWCTL_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#ifndef VERSION
+#define VERSION "1.0.0"
+#endif
+
+#define BLOCK_BYTES	4096
+#define SECTOR_BYTES	512
+#define NO_LIMIT	UINT64_MAX
+#define NAME_BYTES	128	/* of a device-mapper name, with its NUL */
+
+/* Where a command leaves what has to be found again; a tmpfs, empty after boot. */
+#define RUN_DIR		"/run/cowctl"
+
+/* The exit codes; exit_code() maps errno to them, cowctl(8) documents them. */
+enum {
+	EXIT_USAGE = 2,
+	EXIT_NO_DEVICE = 3,
+	EXIT_IN_USE = 4,
+	EXIT_NOT_PERMITTED = 5,
+	EXIT_MISSING = 6,
+};
+
+/* The keys of key=value arguments, in the order of the table in cowctl.c. */
+enum key {
+	KEY_BASE,
+	KEY_LIMIT,
+	KEY_SIZE,
+	KEY_ROUND,
+	KEY_SOCKET,
+	KEY_PORT,
+	KEY_ADDRESS,
+	KEY_SERVER,
+	KEY_FORCE,
+	KEY_COUNT,
+};
+
+struct args {
+	const char *name;		/* of the device, as typed */
+	char mangled[NAME_BYTES];	/* as it is in /dev/mapper */
+	const char *value[KEY_COUNT];	/* NULL where not given */
+	bool json;
+};
+
+/* util.c: parsers without side effects */
+
+struct nbd_uri {
+	char host[256];			/* empty for a Unix socket */
+	char port[6];
+	char socket[108];		/* as long as sun_path */
+	char export[4097];		/* the longest name NBD allows */
+};
+
+/* A table line: <major:minor> <#feature args> [<arg>]* */
+struct cow_table {
+	unsigned int major;
+	unsigned int minor;
+	uint64_t limit_blocks;
+	char tmpfs[PATH_MAX];
+};
+
+/* A status line; see Documentation/dm-nbdcow.rst. */
+struct cow_status {
+	char health[16];
+	uint64_t used_blocks;
+	uint64_t limit_blocks;
+	uint64_t peak_blocks;
+	uint64_t zeroed_blocks;
+	uint64_t metadata_bytes;
+	uint64_t writes_refused;
+	uint64_t base_errors;
+};
+
+const char *name_error(const char *name);
+int mangle_name(const char *name, char mangled[NAME_BYTES]);
+int parse_size(const char *text, uint64_t *bytes);
+int parse_limit(const char *text, uint64_t ram_bytes, uint64_t *blocks);
+int parse_port(const char *text);
+int parse_nbd_uri(const char *text, struct nbd_uri *uri);
+int parse_table(const char *params, struct cow_table *table);
+int parse_status(const char *params, struct cow_status *status);
+int quote_word(const char *word, char *out, size_t size);
+int quote_uri(const char *text, char *out, size_t size);
+const char *human_size(uint64_t bytes, char buf[16]);
+const char *nearest(const char *word, const char *const *words);
+bool printable(const char *text);
+
+/* util.c: messages, files, processes */
+
+int fail(int err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+void warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int exit_code(int err);
+
+char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int read_line(const char *path, char *buf, size_t size);
+int write_file(const char *path, const char *text);
+bool interrupted(void);
+
+struct run {
+	const char *const *argv;
+	const char *package;		/* that has argv[0] */
+	int timeout_ms;
+	int keep_fd;			/* stays open in the program; -1: none */
+	int (*in_child)(void *arg);	/* called before exec; NULL: nothing */
+	void *arg;
+	char message[512];		/* last line it wrote to stderr */
+};
+
+int run(struct run *run);
+int64_t now_ms(void);
+
+/* dm.c */
+
+enum cow_state {
+	COW_LIVE,			/* has a table, of our target */
+	COW_HALF_MADE,			/* ours, but was left without a table */
+	COW_FOREIGN,			/* of another target */
+};
+
+struct cow {
+	enum cow_state state;
+	char name[NAME_BYTES];		/* as users type it */
+	char mangled[NAME_BYTES];
+	char path[PATH_MAX];
+	unsigned int major;
+	unsigned int minor;
+	int open_count;
+	uint64_t sectors;
+	struct cow_table table;
+	struct cow_status status;
+};
+
+void dm_init(void);
+int dm_need_target(void);
+int dm_find(const char *mangled, struct cow *cow);
+int dm_find_number(unsigned int major, unsigned int minor, struct cow *cow);
+int dm_each(int (*call)(const struct cow *cow, void *arg), void *arg);
+int dm_create(const struct args *args, uint64_t sectors, const char *params);
+int dm_remove(const struct args *args);
+int dm_message(const struct args *args, const char *message);
+
+/* loop.c */
+
+int loop_attach(const char *path, char dev[PATH_MAX]);
+
+/* nbd.c */
+
+struct nbd_link {
+	char dev[32];			/* /dev/nbdN */
+	char uri[PATH_MAX + 4352];
+	bool connected;
+};
+
+int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX]);
+int nbd_find(const char *mangled, struct nbd_link *link);
+int nbd_release(const char *mangled);
+
+/* export.c */
+
+struct export {
+	char server[16];
+	char uri[PATH_MAX];
+};
+
+int export_find(const char *mangled, struct export *export);
+int export_start(const struct cow *cow, const struct args *args);
+int export_stop(const char *mangled, const char *name);
+
+/* cmds.c */
+
+int cmd_create(const struct args *args);
+int cmd_remove(const struct args *args);
+int cmd_list(const struct args *args);
+int cmd_status(const struct args *args);
+int cmd_reset(const struct args *args);
+int cmd_set(const struct args *args);
+int cmd_export(const struct args *args);
+int cmd_unexport(const struct args *args);
+
+#endif

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Exports: nbdkit or nbd-server serving a mapped device in the background.
+ *
+ * A server of ours is found by its command line, which names the file
+ * <name>.pid in our run directory; so it is found however cowctl ended. The
+ * record <name>.export is written once the server answers: a server without
+ * one is half made, a record without a server is left over, and both are
+ * cleared away by the next command.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/pidfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define START_MS	30000
+#define STOP_MS		5000
+#define PROBE_MS	20
+
+static char *run_path(const char *mangled, const char *suffix)
+{
+	return xasprintf(RUN_DIR "/%s.%s", mangled, suffix);
+}
+
+static void remove_file(const char *mangled, const char *suffix)
+{
+	char *path = run_path(mangled, suffix);
+
+	unlink(path);
+	free(path);
+}
+
+/* Return: whether process @pid is a server that was given @pid_file. */
+static bool is_server(const char *pid, const char *pid_file)
+{
+	char *path = xasprintf("/proc/%s/cmdline", pid);
+	char args[16384], *base;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? 0 : read(fd, args, sizeof(args) - 1);
+	struct stat st;
+	bool ours = fd >= 0 && !fstat(fd, &st) && st.st_uid == 0;
+
+	if (fd >= 0)
+		close(fd);
+	free(path);
+	if (n <= 0 || !ours)
+		return false;
+	args[n] = '\0';
+	base = strrchr(args, '/') ? strrchr(args, '/') + 1 : args;
+	if (strcmp(base, "nbdkit") && strcmp(base, "nbd-server"))
+		return false;
+	for (char *arg = args; arg < args + n; arg += strlen(arg) + 1)
+		if (!strcmp(arg, pid_file))
+			return true;
+	return false;
+}
+
+/* Opens up to @max of the server's processes. Return: how many there are. */
+static int find_server(const char *mangled, int *fds, int max)
+{
+	char *pid_file = run_path(mangled, "pid");
+	DIR *proc = opendir("/proc");
+	struct dirent *entry;
+	int n = 0;
+
+	while (proc && n < max && (entry = readdir(proc))) {
+		int fd;
+
+		if (entry->d_name[0] < '1' || entry->d_name[0] > '9')
+			continue;
+		/* Opened first: what is checked then is what will be signalled. */
+		fd = pidfd_open(atoi(entry->d_name), 0);
+		if (fd < 0)
+			continue;
+		if (is_server(entry->d_name, pid_file))
+			fds[n++] = fd;
+		else
+			close(fd);
+	}
+	if (proc)
+		closedir(proc);
+	free(pid_file);
+	return n;
+}
+
+static bool server_runs(const char *mangled)
+{
+	int fd;
+
+	if (!find_server(mangled, &fd, 1))
+		return false;
+	close(fd);
+	return true;
+}
+
+/* Return: 0 and the export, or -ENOENT when the device is not exported. */
+int export_find(const char *mangled, struct export *export)
+{
+	char *path = run_path(mangled, "export");
+	char text[sizeof(export->uri) + 32];
+	int err = read_line(path, text, sizeof(text)), used = 0;
+
+	free(path);
+	memset(export, 0, sizeof(*export));
+	if (err || sscanf(text, "%15s %n", export->server, &used) != 1 || !used ||
+	    !server_runs(mangled))
+		return -ENOENT;
+	snprintf(export->uri, sizeof(export->uri), "%s", text + used);
+	return 0;
+}
+
+static void wait_for_end(int fd, int64_t deadline)
+{
+	struct pollfd end = { .fd = fd, .events = POLLIN };
+	int64_t left = deadline - now_ms();
+
+	poll(&end, 1, left > 0 ? left : 0);
+}
+
+/* Stops the server and removes its files; tolerates that any of it is missing. */
+static void clear_away(const char *mangled)
+{
+	int fds[256], n = find_server(mangled, fds, 256);
+	int64_t deadline = now_ms() + STOP_MS;
+	char *path, text[PATH_MAX];
+
+	for (int i = 0; i < n; i++)
+		pidfd_send_signal(fds[i], SIGTERM, NULL, 0);
+	for (int i = 0; i < n; i++) {
+		wait_for_end(fds[i], deadline);
+		pidfd_send_signal(fds[i], SIGKILL, NULL, 0);
+		wait_for_end(fds[i], now_ms() + STOP_MS);
+		close(fds[i]);
+	}
+	/* The socket's path stands in a file of its own, written before it is made. */
+	path = run_path(mangled, "socket");
+	if (!read_line(path, text, sizeof(text))) {
+		struct stat st;
+
+		if (!lstat(text, &st) && S_ISSOCK(st.st_mode))
+			unlink(text);
+	}
+	free(path);
+	remove_file(mangled, "socket");
+	remove_file(mangled, "export");
+	remove_file(mangled, "conf");
+	remove_file(mangled, "pid");
+}
+
+/* Where to listen: a Unix socket, or a TCP port of one address. */
+struct listen {
+	char socket[sizeof(((struct sockaddr_un *)NULL)->sun_path)];
+	const char *address;
+	const char *port;
+	char uri[PATH_MAX];
+};
+
+/* Connects to the server, or binds where it shall listen. Return: 0, -errno. */
+static int try_socket(const struct listen *listen,
+		      int (*call)(int fd, const struct sockaddr *addr, socklen_t len))
+{
+	struct sockaddr_un addr = { .sun_family = AF_UNIX };
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *info = NULL;
+	int fd, err = 0, reuse = 1;
+
+	if (listen->socket[0]) {
+		memcpy(addr.sun_path, listen->socket, sizeof(addr.sun_path));
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		if (fd < 0 || call(fd, (struct sockaddr *)&addr, sizeof(addr)))
+			err = -errno;
+	} else {
+		if (getaddrinfo(listen->address, listen->port, &hints, &info))
+			return -EADDRNOTAVAIL;
+		fd = socket(info->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		if (fd >= 0)
+			setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &reuse, sizeof(reuse));
+		if (fd < 0 || call(fd, info->ai_addr, info->ai_addrlen))
+			err = -errno;
+		freeaddrinfo(info);
+	}
+	if (fd >= 0)
+		close(fd);
+	return err;
+}
+
+/* Refuses what is taken, before a server that says little about it does. */
+static int check_address(const struct listen *listen, const char *name)
+{
+	struct stat st;
+	int err;
+
+	if (listen->socket[0]) {
+		if (lstat(listen->socket, &st))
+			return 0;
+		if (!S_ISSOCK(st.st_mode))
+			return fail(-EEXIST, "cannot export %s: %s exists and is not a socket",
+				    name, listen->socket);
+		if (try_socket(listen, connect) != -ECONNREFUSED)
+			return fail(-EADDRINUSE, "cannot export %s: %s is in use", name,
+				    listen->socket);
+		if (unlink(listen->socket))
+			return fail(-errno, "cannot remove the old socket %s: %m", listen->socket);
+		return 0;
+	}
+	err = try_socket(listen, bind);
+	if (err == -EADDRINUSE)
+		return fail(err, "cannot export %s: port %s of %s is in use", name, listen->port,
+			    listen->address);
+	if (err)
+		return fail(err == -EINVAL ? -EADDRNOTAVAIL : err,
+			    "cannot export %s at address %s, port %s: %s", name, listen->address,
+			    listen->port, strerror(-err));
+	return 0;
+}
+
+static int parse_listen(const struct cow *cow, const struct args *args, struct listen *listen)
+{
+	const char *path = args->value[KEY_SOCKET];
+	char *full = NULL, quoted[3 * sizeof(listen->socket)];
+	int err = 0;
+
+	memset(listen, 0, sizeof(*listen));
+	listen->port = args->value[KEY_PORT];
+	listen->address = args->value[KEY_ADDRESS];
+	if (listen->port || listen->address) {
+		if (path)
+			return fail(-EINVAL, "socket= excludes port= and address=");
+		listen->port = listen->port ?: "10809";
+		listen->address = listen->address ?: "127.0.0.1";
+		if (parse_port(listen->port) < 0)
+			return fail(-EINVAL, "port=%s is not a number from 1 to 65535",
+				    listen->port);
+		snprintf(listen->uri, sizeof(listen->uri), strchr(listen->address, ':') ?
+			 "nbd://[%s]:%s" : "nbd://%s:%s", listen->address, listen->port);
+		return 0;
+	}
+	if (!path)
+		full = run_path(cow->mangled, "sock");
+	else if (path[0] == '/')
+		full = xasprintf("%s", path);
+	else
+		full = realpath(".", NULL);
+	if (path && path[0] != '/' && full) {
+		char *dir = full;
+
+		full = xasprintf("%s/%s", dir, path);
+		free(dir);
+	}
+	if (!full)
+		return fail(-errno, "cannot find the current directory: %m");
+	if (strlen(full) >= sizeof(listen->socket))
+		err = fail(-EINVAL, "%s is too long for a socket; say socket=PATH", full);
+	else if (!printable(full))
+		err = fail(-EINVAL, "socket=%s contains a character that cannot be printed", full);
+	else
+		strcpy(listen->socket, full);
+	free(full);
+	if (!err)
+		err = quote_uri(listen->socket, quoted, sizeof(quoted));
+	snprintf(listen->uri, sizeof(listen->uri), "nbd+unix:///?socket=%s", quoted);
+	return err;
+}
+
+/* nbd-server takes the address from a file in GLib's key file syntax. */
+static int write_conf(const char *path, const struct listen *listen)
+{
+	char *text, escaped[2 * sizeof(listen->socket)], *out = escaped;
+	int err;
+
+	for (const char *s = listen->socket; *s; s++) {
+		if (*s == '\\')
+			*out++ = '\\';
+		*out++ = *s;
+	}
+	*out = '\0';
+	text = listen->socket[0] ? xasprintf("[generic]\nunixsock = %s\n", escaped) :
+	       xasprintf("[generic]\nlistenaddr = %s\nport = %s\n", listen->address, listen->port);
+	err = write_file(path, text);
+	free(text);
+	return err;
+}
+
+static int spawn(const char *server, const struct cow *cow, const struct listen *listen)
+{
+	char *pid_file = run_path(cow->mangled, "pid");
+	char *conf = run_path(cow->mangled, "conf");
+	char *file = xasprintf("file=%s", cow->path);
+	const char *unix_argv[] = {
+		"nbdkit", "--pidfile", pid_file, "--unix", listen->socket, "file", file, NULL,
+	};
+	const char *tcp_argv[] = {
+		"nbdkit", "--pidfile", pid_file, "--ipaddr", listen->address, "--port",
+		listen->port, "file", file, NULL,
+	};
+	/* An export given as an argument has the default name, as with nbdkit. */
+	const char *server_argv[] = {
+		"nbd-server", "-C", conf, "-p", pid_file, "10809", cow->path, NULL,
+	};
+	bool nbdkit = !strcmp(server, "nbdkit");
+	struct run run_server = {
+		.argv = !nbdkit ? server_argv : listen->socket[0] ? unix_argv : tcp_argv,
+		.package = server, .timeout_ms = START_MS, .keep_fd = -1,
+	};
+	int err = 0;
+
+	if (!nbdkit)
+		err = write_conf(conf, listen);
+	if (err)
+		fail(err, "cannot write %s: %s", conf, strerror(-err));
+	else
+		err = run(&run_server);
+	if (err > 0)
+		err = fail(-EIO, "cannot export %s: %s", cow->name,
+			   run_server.message[0] ? run_server.message : "the server gave no reason");
+	free(pid_file);
+	free(conf);
+	free(file);
+	return err;
+}
+
+/* The server is in the background: until it ends, or answers, or the deadline. */
+static int wait_for_answer(const char *server, const struct cow *cow,
+			   const struct listen *listen)
+{
+	int64_t deadline = now_ms() + START_MS;
+
+	while (try_socket(listen, connect)) {
+		int fd;
+
+		if (interrupted())
+			return -EINTR;
+		if (now_ms() > deadline)
+			return fail(-ETIMEDOUT, "cannot export %s: %s does not answer", cow->name,
+				    server);
+		if (!find_server(cow->mangled, &fd, 1))
+			return fail(-EIO, "cannot export %s: %s ended; see the system log",
+				    cow->name, server);
+		wait_for_end(fd, now_ms() + PROBE_MS);
+		close(fd);
+	}
+	return 0;
+}
+
+static int write_run_file(const char *mangled, const char *suffix, const char *text)
+{
+	char *path = run_path(mangled, suffix);
+	int err = write_file(path, text);
+
+	if (err)
+		fail(err, "cannot write %s: %s", path, strerror(-err));
+	free(path);
+	return err;
+}
+
+int export_start(const struct cow *cow, const struct args *args)
+{
+	const char *server = args->value[KEY_SERVER] ?: "nbdkit";
+	struct export export;
+	struct listen listen;
+	char *record;
+	int err;
+
+	if (strcmp(server, "nbdkit") && strcmp(server, "nbd-server"))
+		return fail(-EINVAL, "server=%s is neither nbdkit nor nbd-server", server);
+	if (!export_find(cow->mangled, &export))
+		return fail(-EEXIST, "%s is already exported at %s", cow->name, export.uri);
+	clear_away(cow->mangled);
+	err = parse_listen(cow, args, &listen);
+	if (!err)
+		err = check_address(&listen, cow->name);
+	if (!err && listen.socket[0])
+		err = write_run_file(cow->mangled, "socket", listen.socket);
+	if (err)
+		return err;
+	err = spawn(server, cow, &listen);
+	if (!err)
+		err = wait_for_answer(server, cow, &listen);
+	if (!err) {
+		record = xasprintf("%s %s\n", server, listen.uri);
+		err = write_run_file(cow->mangled, "export", record);
+		free(record);
+	}
+	if (err || interrupted())
+		clear_away(cow->mangled);
+	return err ? err : interrupted() ? -EINTR : 0;
+}
+
+int export_stop(const char *mangled, const char *name)
+{
+	char *path = run_path(mangled, "export");
+	bool known = !access(path, F_OK) || server_runs(mangled);
+
+	free(path);
+	if (!known)
+		return fail(-ENODEV, "%s is not exported", name);
+	clear_away(mangled);
+	return 0;
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Image files as block devices: read-only loop devices that the kernel frees
+ * with their last user, so that nobody has to find and detach them.
+ *
+ * They go through the page cache on purpose: it is what many overlays of one
+ * image share, and it can be dropped at any time.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/loop.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+static int open_control(void)
+{
+	const char *argv[] = { "modprobe", "-q", "loop", NULL };
+	struct run modprobe = {
+		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
+	};
+	int fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+
+	if (fd < 0 && run(&modprobe) == 0)
+		fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+	return fd;
+}
+
+/* Attaches @config's file to a free device, whoever else is looking for one too. */
+static int attach_free(int control, const struct loop_config *config, char dev[PATH_MAX])
+{
+	for (;;) {
+		int number = ioctl(control, LOOP_CTL_GET_FREE);
+		int fd, err;
+
+		if (number < 0)
+			return -errno;
+		snprintf(dev, PATH_MAX, "/dev/loop%d", number);
+		fd = open(dev, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			return -errno;
+		if (!ioctl(fd, LOOP_CONFIGURE, config))
+			return fd;
+		err = -errno;
+		close(fd);
+		if (err != -EBUSY || interrupted())
+			return err;
+	}
+}
+
+/*
+ * Return: a descriptor that keeps the loop device for @path, named in @dev, or
+ * -errno. Once a mapped device uses it, the descriptor may be closed.
+ */
+int loop_attach(const char *path, char dev[PATH_MAX])
+{
+	struct loop_config config = {
+		.info.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
+	};
+	int file, control, fd;
+
+	file = open(path, O_RDONLY | O_CLOEXEC);
+	if (file < 0)
+		return fail(-errno, "cannot open base %s: %m", path);
+	config.fd = file;
+	snprintf((char *)config.info.lo_file_name, sizeof(config.info.lo_file_name), "%s", path);
+	control = open_control();
+	if (control < 0) {
+		fd = fail(-ENOPKG, "this kernel has no loop devices (the module loop)");
+	} else {
+		fd = attach_free(control, &config, dev);
+		if (fd < 0 && fd != -EINTR)
+			fail(fd, "cannot attach base %s to a loop device: %s", path, strerror(-fd));
+		close(control);
+	}
+	close(file);
+	return fd;
+}

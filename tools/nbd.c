@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Connections to NBD servers, made and ended with nbd-client.
+ *
+ * Which connection is ours is known from the moment it can exist: before the
+ * process becomes nbd-client it writes its own process id to <name>.nbd, and
+ * the kernel shows the id of the process that connected a device in
+ * /sys/block/nbdN/pid. Where both agree, the connection was made for <name>,
+ * however cowctl ended. The file goes away after the connection.
+ *
+ * No timeout is set: a base that is slow must not turn into one that fails.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define CONNECT_MS	30000
+#define MAX_DEVICES	1024
+
+static char *record_path(const char *mangled)
+{
+	return xasprintf(RUN_DIR "/%s.nbd", mangled);
+}
+
+/* Return: the id of the process that connected /dev/nbdN, 0 when it is free. */
+static long connected_by(const char *dev)
+{
+	char *path = xasprintf("/sys/block/%s/pid", dev + strlen("/dev/"));
+	char text[24];
+	long pid = read_line(path, text, sizeof(text)) ? 0 : strtol(text, NULL, 10);
+
+	free(path);
+	return pid;
+}
+
+struct record {
+	const char *path;
+	const char *dev;
+	const char *uri;
+};
+
+/* Runs in the process that is about to become nbd-client. */
+static int write_record(void *arg)
+{
+	const struct record *record = arg;
+	char *text = xasprintf("%ld %s %s\n", (long)getpid(), record->dev, record->uri);
+	int err = write_file(record->path, text);
+
+	free(text);
+	return err;
+}
+
+/* Return: -ENOENT when no connection was made for this name. */
+int nbd_find(const char *mangled, struct nbd_link *link)
+{
+	char *path = record_path(mangled);
+	char text[sizeof(link->uri) + 64];
+	int err = read_line(path, text, sizeof(text)), used = 0;
+	long pid;
+
+	free(path);
+	memset(link, 0, sizeof(*link));
+	if (err)
+		return err == -ENODATA ? -ENOENT : err;
+	if (sscanf(text, "%ld %31s %n", &pid, link->dev, &used) != 2 || !used ||
+	    strncmp(link->dev, "/dev/nbd", 8))
+		return -ENOENT;
+	snprintf(link->uri, sizeof(link->uri), "%s", text + used);
+	link->connected = connected_by(link->dev) == pid;
+	return 0;
+}
+
+/* Ends the connection that was made for this name, if there is one. */
+int nbd_release(const char *mangled)
+{
+	struct nbd_link link;
+	char *path;
+	int err = nbd_find(mangled, &link), fd;
+
+	if (err)
+		return err == -ENOENT ? 0 : err;
+	if (link.connected) {
+		const char *argv[] = { "nbd-client", "-d", link.dev, NULL };
+		struct run client = {
+			.argv = argv, .package = "nbd-client", .timeout_ms = CONNECT_MS,
+			.keep_fd = -1,
+		};
+
+		fd = open(link.dev, O_RDONLY | O_EXCL | O_CLOEXEC);
+		if (fd < 0 && errno == EBUSY)
+			return fail(-EBUSY, "%s stays connected to %s: somebody else uses it too",
+				    link.dev, link.uri);
+		if (fd >= 0)
+			close(fd);
+		err = run(&client);
+		if (err > 0)
+			err = fail(-EIO, "cannot disconnect %s: %s", link.dev, client.message);
+		if (err)
+			return err;
+	}
+	path = record_path(mangled);
+	unlink(path);
+	free(path);
+	return 0;
+}
+
+static int need_module(void)
+{
+	const char *argv[] = { "modprobe", "-q", "nbd", NULL };
+	struct run modprobe = {
+		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
+	};
+	int err;
+
+	if (!access("/sys/module/nbd", F_OK))
+		return 0;
+	err = run(&modprobe);
+	if (err < 0)
+		return err;
+	return err ? fail(-ENOPKG, "this kernel has no NBD client (the module nbd)") : 0;
+}
+
+static int parse(const char *text, struct nbd_uri *uri)
+{
+	switch (-parse_nbd_uri(text, uri)) {
+	case 0:
+		break;
+	case EPROTONOSUPPORT:
+		return fail(-EINVAL, "base %s: neither nbd:// nor nbd+unix://; for others %s",
+			    text, "connect with nbd-client and give base=/dev/nbdN");
+	case ENAMETOOLONG:
+		return fail(-EINVAL, "base %s: a part of the address is too long", text);
+	default:
+		return fail(-EINVAL, "base %s is not of the form %s", text,
+			    "nbd://host[:port][/export] or nbd+unix:///[export]?socket=PATH");
+	}
+	/* nbd-client takes every argument with '=' in it for an option. */
+	if (strchr(uri->host, '=') || strchr(uri->socket, '='))
+		return fail(-EINVAL, "base %s: nbd-client cannot use an address with '=' in it",
+			    text);
+	return 0;
+}
+
+/* Return: 0, -errno with the message printed, or -EAGAIN: @dev is taken. */
+static int connect_to(const char *dev, const struct nbd_uri *uri, const struct record *record,
+		      int lock_fd)
+{
+	bool is_unix = uri->socket[0];
+	const char *argv[] = {
+		"nbd-client", "-readonly", "-name", uri->export,
+		is_unix ? uri->socket : uri->host, is_unix ? "-unix" : uri->port, dev, NULL,
+	};
+	struct run client = {
+		.argv = argv, .package = "nbd-client", .timeout_ms = CONNECT_MS,
+		.keep_fd = lock_fd, .in_child = write_record, .arg = (void *)record,
+	};
+	int err = run(&client);
+
+	if (err <= 0)
+		return err;
+	/* It has reached the server, but the kernel did not accept the device. */
+	if (connected_by(dev) || strstr(client.message, "Failed to setup device"))
+		return -EAGAIN;
+	return fail(-EIO, "nbd-client cannot connect to %s: %s", record->uri,
+		    client.message[0] ? client.message : "no reason given");
+}
+
+/*
+ * Connects a free device to the server at @text, for the mapped device of this
+ * name, and names it in @dev. nbd-client inherits @lock_fd: were we killed, the
+ * lock would still be held until it is certain whether it has connected.
+ *
+ * Return: a descriptor of @dev, or -errno.
+ */
+int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX])
+{
+	char *path = record_path(mangled);
+	struct record record = { .path = path, .dev = dev, .uri = text };
+	struct nbd_uri uri;
+	int err = parse(text, &uri), fd = -1;
+
+	if (!err)
+		err = need_module();
+	for (int i = 0; !err && fd < 0; i++) {
+		if (i == MAX_DEVICES) {
+			err = fail(-EBUSY, "no free NBD device for base %s", text);
+			break;
+		}
+		snprintf(dev, PATH_MAX, "/dev/nbd%d", i);
+		if (connected_by(dev))
+			continue;
+		err = connect_to(dev, &uri, &record, lock_fd);
+		if (err == -EAGAIN) {
+			err = 0;
+			continue;
+		}
+		if (err)
+			break;
+		fd = open(dev, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			err = fail(-errno, "cannot open %s: %m", dev);
+	}
+	if (err)
+		nbd_release(mangled);
+	free(path);
+	return err ? err : fd;
+}
