@@ -80,7 +80,7 @@ $(ko): Kbuild $(wildcard kernel/*.[ch])
 #
 
 libraries := devmapper json-c
-warnings := -Wall -Wextra -Wshadow $(if $(WERROR),-Werror)
+warnings := -Wall -Wextra -Wshadow -Wno-missing-field-initializers $(if $(WERROR),-Werror)
 tool_objects := $(patsubst tools/%.c,$(B)/tools/%.o,$(wildcard tools/*.c))
 
 .PHONY: tool test-helpers man
@@ -99,7 +99,7 @@ $(B)/tools/%.o: tools/%.c $(wildcard tools/*.h) Makefile
 	$(Q)pkg-config --exists $(libraries) || { echo >&2 "no tool: pkg-config, libdevmapper-dev or" \
 		"libjson-c-dev is missing ('make deps' installs all that is needed)"; exit 1; }
 	$(Q)mkdir -p $(@D)
-	$(Q)$(CC) -std=gnu11 $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries)) -c $< -o $@
+	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries)) -c $< -o $@
 
 build/%.8: Documentation/%.8.rst
 	$(call say,MAN,$@)
