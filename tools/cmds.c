@@ -423,7 +423,6 @@ static void print_json(struct json_object *object)
 static int report_created(const struct args *args)
 {
 	struct cow cow;
-	char size[16];
 	int err = dm_find(args->mangled, &cow);
 
 	if (err)
@@ -431,8 +430,7 @@ static int report_created(const struct args *args)
 	if (args->json)
 		print_json(describe(&cow));
 	else
-		printf("%s: %s, a copy of %s\n", cow.path,
-		       human_size(cow.sectors * SECTOR_BYTES, size), args->value[KEY_BASE]);
+		puts(cow.path);
 	return 0;
 }
 

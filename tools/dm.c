@@ -257,30 +257,27 @@ out:
 }
 
 /*
- * The kernel tells why it refused a table in its log alone. Return: that reason,
- * among what was logged since @kmsg was opened, or ", see the kernel log".
+ * The kernel tells only its log why it refused a table. Return: that reason,
+ * among what was logged since @kmsg was opened, or what @err says.
  */
-static const char *refusal(int kmsg, char *text, size_t size)
+static const char *reason(int kmsg, int err, char *text, size_t size)
 {
 	static const char mark[] = ": " TARGET ": ";
-	const char *found = "; see the kernel log";
 	ssize_t n;
 
 	while (kmsg >= 0 && ((n = read(kmsg, text, size - 1)) > 0 || (n < 0 && errno == EPIPE))) {
-		char *reason;
+		char *found;
 
 		if (n < 0)
-			continue;
+			continue;	/* the log has gone on so far that some is lost */
 		text[n] = '\0';
-		reason = strstr(text, mark);
-		if (reason && strstr(text, "device-mapper: table:")) {
-			reason += strlen(mark) - 2;
-			reason[strcspn(reason, "\n")] = '\0';
-			memcpy(reason, ": ", 2);
-			return reason;
+		found = strstr(text, mark);
+		if (found && strstr(text, "device-mapper: table:")) {
+			found[strcspn(found, "\n")] = '\0';
+			return found + strlen(mark);
 		}
 	}
-	return found;
+	return strerror(-err);
 }
 
 static int set_uuid(struct dm_task *task)
@@ -315,14 +312,10 @@ int dm_create(const struct args *args, uint64_t sectors, const char *params)
 	}
 	if (task)
 		dm_task_destroy(task);
-	if (err == -EEXIST || err == -EBUSY)
-		fail(err, "cannot create %s: a device has that name, or the base is in use%s",
-		     args->name, refusal(kmsg, text, sizeof(text)));
-	else if (err)
+	if (err)
 		/* -EINVAL is for what the user typed wrong; this is not known to be. */
-		err = fail(err == -EINVAL ? -EIO : err,
-			   "the kernel cannot create %s (%s)%s", args->name, strerror(-err),
-			   refusal(kmsg, text, sizeof(text)));
+		err = fail(err == -EINVAL ? -EIO : err, "cannot create %s: %s", args->name,
+			   reason(kmsg, err, text, sizeof(text)));
 	if (kmsg >= 0)
 		close(kmsg);
 	return err;

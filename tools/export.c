@@ -273,7 +273,7 @@ static int parse_listen(const struct cow *cow, const struct args *args, struct l
 	return err;
 }
 
-/* nbd-server takes the address from a file in GLib's key file syntax. */
+/* nbd-server takes a socket's path from a file in GLib's key file syntax. */
 static int write_conf(const char *path, const struct listen *listen)
 {
 	char *text, escaped[2 * sizeof(listen->socket)], *out = escaped;
@@ -285,8 +285,7 @@ static int write_conf(const char *path, const struct listen *listen)
 		*out++ = *s;
 	}
 	*out = '\0';
-	text = listen->socket[0] ? xasprintf("[generic]\nunixsock = %s\n", escaped) :
-	       xasprintf("[generic]\nlistenaddr = %s\nport = %s\n", listen->address, listen->port);
+	text = xasprintf("[generic]\n%s%s\n", escaped[0] ? "unixsock = " : "", escaped);
 	err = write_file(path, text);
 	free(text);
 	return err;
@@ -304,9 +303,14 @@ static int spawn(const char *server, const struct cow *cow, const struct listen 
 		"nbdkit", "--pidfile", pid_file, "--ipaddr", listen->address, "--port",
 		listen->port, "file", file, NULL,
 	};
-	/* An export given as an argument has the default name, as with nbdkit. */
+	char *place = listen->socket[0] ? xasprintf("10809") :
+		      xasprintf("%s@%s", listen->address, listen->port);
+	/*
+	 * An export given as an argument has the default name, as with nbdkit. With
+	 * a socket in the file the address, which must be there, is not used.
+	 */
 	const char *server_argv[] = {
-		"nbd-server", "-C", conf, "-p", pid_file, "10809", cow->path, NULL,
+		"nbd-server", "-C", conf, "-p", pid_file, place, cow->path, NULL,
 	};
 	bool nbdkit = !strcmp(server, "nbdkit");
 	struct run run_server = {
@@ -327,6 +331,7 @@ static int spawn(const char *server, const struct cow *cow, const struct listen 
 	free(pid_file);
 	free(conf);
 	free(file);
+	free(place);
 	return err;
 }
 

@@ -135,7 +135,7 @@ int parse_limit(const char *text, uint64_t ram_bytes, uint64_t *blocks)
 	if (!err && !strcmp(s, "%")) {
 		if (!value || value > 100)
 			return -ERANGE;
-		value *= ram_bytes / 100;
+		value = ram_bytes / 100 * value + ram_bytes % 100 * value / 100;
 	} else {
 		err = parse_size(text, &value);
 		if (err)

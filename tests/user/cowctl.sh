@@ -1,0 +1,229 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# cowctl would misread what people type or what the kernel prints, or its manual
+# page would tell something else than its help. Under the sanitizers.
+
+# shellcheck source=tests/user/tap.sh
+. "$(dirname "$0")/tap.sh"
+
+CC=${CC:-gcc}
+read -ra libraries < <(pkg-config --cflags --libs devmapper json-c)
+# shellcheck disable=SC2054 # the comma is the compiler's
+flags=(-std=gnu11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wshadow -Werror
+	-Wno-missing-field-initializers -fsanitize=address,undefined -fno-sanitize-recover=all)
+man=Documentation/cowctl.8.rst
+
+# check TITLE COMMAND...
+check()
+{
+	local title=$1
+
+	shift
+	"$@" >"$out/log" 2>&1
+	result $? "$title" "$out/log"
+}
+
+build()
+{
+	"$CC" "${flags[@]}" -o "$out/cowctl" tools/*.c "${libraries[@]}" &&
+		"$CC" "${flags[@]}" -o "$out/parsers_test" tests/user/parsers_test.c tools/util.c
+}
+
+parsers()
+{
+	local line
+
+	"$out/parsers_test" >"$out/parsers.log" 2>&1
+	parsers_rc=$?
+	while read -r line; do
+		case $line in
+		'ok '*)		result 0 "parsers: ${line#ok * }" ;;
+		'not ok '*)	result 1 "parsers: ${line#not ok * }" ;;
+		esac
+	done <"$out/parsers.log"
+	[ $parsers_rc = 0 ] || result $parsers_rc 'parsers' "$out/parsers.log"
+}
+
+commands()
+{
+	"$out/cowctl" --help | sed -n 's/^  \([a-z]\+\) .*/\1/p'
+}
+
+options()
+{
+	grep -o -e '--[a-z]\+'
+}
+
+# key=... at the beginning of a line of help
+keys_of_help()
+{
+	"$out/cowctl" help "$1" | sed -n 's/^  \([a-z]\+\)=.*/\1/p'
+}
+
+# the part of the manual page about a command
+man_section()
+{
+	awk -v name="$1" 'previous == name && /^-+$/ { on = 1 }
+		on && /^[A-Z ]+$/ { exit }
+		on && previous ~ /^[a-z]+$/ && previous != name && /^-+$/ { exit }
+		on { print }
+		{ previous = $0 }' "$man"
+}
+
+keys_of_man()
+{
+	man_section "$1" | sed -n 's/^\*\*\([a-z]\+\)=.*/\1/p'
+}
+
+same()
+{
+	diff -u --label 'the help' --label 'the manual page' <(sort -u "$1") <(sort -u "$2") &&
+		[ -s "$1" ]
+}
+
+same_commands()
+{
+	commands >"$out/help.txt"
+	awk '/^-+$/ && previous ~ /^[a-z]+$/ { print previous } { previous = $0 }' "$man" |
+		grep -v '^cowctl$' >"$out/man.txt"
+	same "$out/help.txt" "$out/man.txt"
+}
+
+same_options()
+{
+	"$out/cowctl" --help | options >"$out/help.txt"
+	sed -n 's/^\(--[a-z]\+\)$/\1/p' "$man" >"$out/man.txt"
+	same "$out/help.txt" "$out/man.txt"
+}
+
+same_keys()
+{
+	local command
+
+	for command in $(commands); do
+		[ "$command" != help ] || continue
+		keys_of_help "$command" >"$out/help.txt"
+		keys_of_man "$command" >"$out/man.txt"
+		diff -u --label "help $command" --label 'the manual page' \
+			<(sort -u "$out/help.txt") <(sort -u "$out/man.txt") || return
+	done
+}
+
+# The usage of a command, as the synopsis has it without its markup.
+same_synopsis()
+{
+	local command usage
+
+	for command in $(commands); do
+		[ "$command" != help ] || continue
+		usage=$("$out/cowctl" help "$command" | sed -n 's/^Usage: //p')
+		sed -n 's/^| //p' "$man" | sed 's/\\ //g; s/\*//g' | grep -qxF "$usage" || {
+			echo "the synopsis lacks: $usage"
+			return 1
+		}
+	done
+}
+
+json_members_are_documented()
+{
+	local member
+
+	for member in $(grep -o 'add_\(text\|number\)(object, "[a-z_]*"\|object_add(object, "[a-z_]*"' \
+			tools/cmds.c | grep -o '"[a-z_]*"' | tr -d '"'); do
+		grep -q "\*$member\*" "$man" || { echo "not documented: $member"; return 1; }
+	done
+}
+
+# wants STATUS PATTERN ARGUMENT...: one sentence on stderr, nothing on stdout
+wants()
+{
+	local status=$1 pattern=$2 got
+
+	shift 2
+	"$out/cowctl" "$@" >"$out/stdout" 2>"$out/stderr"
+	got=$?
+	cat "$out/stdout" "$out/stderr"
+	if [ "$got" != "$status" ] || [ -s "$out/stdout" ] ||
+		[ "$(grep -c '' "$out/stderr")" != 1 ] ||
+		! grep -q "^cowctl: .*$pattern" "$out/stderr"; then
+		echo "status $got, wanted $status and '$pattern': cowctl $*"
+		return 1
+	fi
+}
+
+wrong_arguments()
+{
+	wants 2 'no command cretae; did you mean create' cretae &&
+	wants 2 'no command xyz' xyz &&
+	wants 2 'no command xyz' help xyz &&
+	wants 2 'no option --jsn' list --jsn &&
+	wants 2 'no option -x' -x list &&
+	wants 2 'one argument too many: b' create a b &&
+	wants 2 'one argument too many: a' list a &&
+	wants 2 'does not know bse=; did you mean base=' create bse=x &&
+	wants 2 'does not know colour=' create colour=x &&
+	wants 2 'does not know base=' remove base=x &&
+	wants 2 'base= has no value' create base= &&
+	wants 2 'base= is given twice' create base=a base=b &&
+	wants 2 'the name "" is empty' remove '' &&
+	wants 2 'contains a slash' remove a/b &&
+	wants 2 'cannot be printed' remove $'a\nb' &&
+	wants 2 'longer than 127 bytes' remove "$(printf %0128d 0)" &&
+	wants 2 'count as four' remove "$(printf '%032d' 0 | tr 0 ' ')" &&
+	wants 2 'is reserved' remove control
+}
+
+right_questions()
+{
+	"$out/cowctl" --version | grep -qx 'cowctl [0-9.]*' &&
+		"$out/cowctl" --help | grep -q '^Usage: ' &&
+		"$out/cowctl" help | cmp - <("$out/cowctl" --help) &&
+		"$out/cowctl" create --help | cmp - <("$out/cowctl" help create)
+}
+
+nothing_to_do()
+{
+	"$out/cowctl" >"$out/stdout"
+	[ $? = 2 ] && grep -q '^Usage: ' "$out/stdout"
+}
+
+no_root()
+{
+	local command
+
+	chmod 755 "$out" "$out/cowctl"
+	for command in create remove list status reset set export unexport; do
+		setpriv --reuid=65534 --regid=65534 --clear-groups \
+			"$out/cowctl" "$command" 2>"$out/stderr"
+		if [ $? != 5 ] || ! grep -q 'must be root' "$out/stderr"; then
+			cat "$out/stderr"
+			return 1
+		fi
+	done
+}
+
+full_output()
+{
+	"$out/cowctl" --help >/dev/full 2>"$out/stderr"
+	[ $? = 1 ] && grep -q 'cannot write the output' "$out/stderr"
+}
+
+check 'cowctl and the test of its parsers build with the sanitizers' build
+parsers
+check 'help, version' right_questions
+check 'without a command there is help, and a status of 2' nothing_to_do
+check 'wrong arguments get one sentence and a status of 2' wrong_arguments
+if [ "$(id -u)" = 0 ]; then
+	check 'without root each command says so, and has a status of 5' no_root
+else
+	skipped 'without root each command says so' 'needs root to give it up'
+fi
+check 'output that cannot be written is a failure' full_output
+check 'the manual page has the commands of the help' same_commands
+check 'the manual page has the options of the help' same_options
+check 'the manual page has the keys of the help of each command' same_keys
+check 'the manual page has the usage of each command' same_synopsis
+check 'the manual page has all members of the JSON' json_members_are_documented
+check 'the manual page is without a warning' rst2man --strict "$man" "$out/cowctl.8"
+finish

@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The parsers of tools/util.c, with what people type and what they should not. */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../tools/cowctl.h"
+
+static unsigned int tests, failures, wrong;
+
+/* Complains about the line that calls it. */
+#define EXPECT(condition, what) expect(condition, what, #condition, __LINE__)
+
+static void expect(bool good, const char *what, const char *condition, int line)
+{
+	if (!good) {
+		printf("# line %d: %s: not so: %s\n", line, what, condition);
+		wrong++;
+	}
+}
+
+static void result(const char *title)
+{
+	tests++;
+	failures += wrong != 0;
+	printf("%sok %u %s\n", wrong ? "not " : "", tests, title);
+	wrong = 0;
+}
+
+/* A copy of its own size, so that a sanitizer sees a read past its end. */
+static char *exact(const char *text)
+{
+	char *copy = strdup(text);
+
+	if (!copy)
+		abort();
+	return copy;
+}
+
+static void test_names(void)
+{
+	static const char *const good[] = {
+		"cow", "a", "my disk", "Kopie\xc3\xa4", "\xe7\x89\x9b", "\xf0\x9f\x90\x84",
+		"x.y", "...", "a\\b", "-", "100%",
+	};
+	static const char *const bad[] = {
+		"", "a/b", "/", ".", "..", "control", "a\nb", "a\tb", "\x7f", "\xff", "\xc3",
+		"\xc3(", "\xe7\x89", "\xc0\xaf", "\xf8\x88\x80\x80\x80", "\xc2\x9b",
+	};
+	char name[200], mangled[NAME_BYTES];
+
+	for (size_t i = 0; i < sizeof(good) / sizeof(good[0]); i++) {
+		char *copy = exact(good[i]);
+
+		EXPECT(!name_error(copy), good[i]);
+		free(copy);
+	}
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		char *copy = exact(bad[i]);
+
+		EXPECT(name_error(copy), bad[i]);
+		free(copy);
+	}
+	memset(name, 'x', sizeof(name));
+	name[127] = '\0';
+	EXPECT(!name_error(name), "127 bytes");
+	EXPECT(!mangle_name(name, mangled) && !strcmp(name, mangled), "127 bytes");
+	name[126] = ' ';
+	EXPECT(mangle_name(name, mangled) == -ENAMETOOLONG, "126 bytes and a blank");
+	name[126] = 'x';
+	name[127] = 'x';
+	name[128] = '\0';
+	EXPECT(name_error(name), "128 bytes");
+	EXPECT(mangle_name(name, mangled) == -ENAMETOOLONG, "128 bytes");
+	EXPECT(!mangle_name("a b\\\xc3\xa4#+-.:=@_", mangled), "mangling");
+	EXPECT(!strcmp(mangled, "a\\x20b\\x5c\\xc3\\xa4#+-.:=@_"), mangled);
+	result("names");
+}
+
+static void test_sizes(void)
+{
+	static const struct {
+		const char *text;
+		int err;
+		uint64_t bytes;
+	} cases[] = {
+		{ "0", 0, 0 },
+		{ "1", 0, 1 },
+		{ "130000", 0, 130000 },
+		{ "4k", 0, 4096 },
+		{ "4K", 0, 4096 },
+		{ "4KiB", 0, 4096 },
+		{ "4kib", 0, 4096 },
+		{ "512M", 0, 512ULL << 20 },
+		{ "4G", 0, 4ULL << 30 },
+		{ "16T", 0, 16ULL << 40 },
+		{ "1P", 0, 1ULL << 50 },
+		{ "15E", 0, 15ULL << 60 },
+		{ "18446744073709551615", 0, UINT64_MAX },
+		{ "18446744073709551616", -ERANGE, 0 },
+		{ "99999999999999999999999", -ERANGE, 0 },
+		{ "16E", -ERANGE, 0 },
+		{ "20000000T", -ERANGE, 0 },
+		{ "", -EINVAL, 0 },
+		{ "G", -EINVAL, 0 },
+		{ "-1", -EINVAL, 0 },
+		{ "+1", -EINVAL, 0 },
+		{ " 1", -EINVAL, 0 },
+		{ "1 ", -EINVAL, 0 },
+		{ "1 G", -EINVAL, 0 },
+		{ "1.5G", -EINVAL, 0 },
+		{ "0x10", -EINVAL, 0 },
+		{ "4GB", -EINVAL, 0 },
+		{ "4GiBs", -EINVAL, 0 },
+		{ "4Gi", -EINVAL, 0 },
+		{ "4B", -EINVAL, 0 },
+		{ "25%", -EINVAL, 0 },
+		{ "4\xc2\xa0G", -EINVAL, 0 },
+	};
+
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		char *copy = exact(cases[i].text);
+		uint64_t bytes = 0;
+		int err = parse_size(copy, &bytes);
+
+		EXPECT(err == cases[i].err, copy);
+		EXPECT(err || bytes == cases[i].bytes, copy);
+		free(copy);
+	}
+	result("sizes");
+}
+
+static void test_limits(void)
+{
+	static const struct {
+		const char *text;
+		int err;
+		uint64_t blocks;
+	} cases[] = {
+		{ "none", 0, NO_LIMIT },
+		{ "4G", 0, 1 << 20 },
+		{ "4096", 0, 1 },
+		{ "8191", 0, 1 },
+		{ "4095", -ERANGE, 0 },
+		{ "0", -ERANGE, 0 },
+		{ "25%", 0, 1 << 18 },
+		{ "100%", 0, 1 << 20 },
+		{ "1%", 0, 10485 },
+		{ "0%", -ERANGE, 0 },
+		{ "101%", -ERANGE, 0 },
+		{ "18446744073709551615%", -ERANGE, 0 },
+		{ "18446744073709551616%", -ERANGE, 0 },
+		{ "None", -EINVAL, 0 },
+		{ "none ", -EINVAL, 0 },
+		{ "%", -EINVAL, 0 },
+		{ "25%%", -EINVAL, 0 },
+		{ "-25%", -EINVAL, 0 },
+		{ "2.5%", -EINVAL, 0 },
+		{ "", -EINVAL, 0 },
+	};
+
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		char *copy = exact(cases[i].text);
+		uint64_t blocks = 0;
+		int err = parse_limit(copy, 4ULL << 30, &blocks);
+
+		EXPECT(err == cases[i].err, copy);
+		EXPECT(err || blocks == cases[i].blocks, copy);
+		free(copy);
+	}
+	result("limits");
+}
+
+static void test_ports(void)
+{
+	EXPECT(parse_port("1") == 1, "1");
+	EXPECT(parse_port("65535") == 65535, "65535");
+	EXPECT(parse_port("0") == -EINVAL, "0");
+	EXPECT(parse_port("65536") == -EINVAL, "65536");
+	EXPECT(parse_port("") == -EINVAL, "");
+	EXPECT(parse_port("-1") == -EINVAL, "-1");
+	EXPECT(parse_port("80 ") == -EINVAL, "80 ");
+	EXPECT(parse_port("nbd") == -EINVAL, "nbd");
+	result("ports");
+}
+
+static void test_uris(void)
+{
+	static const struct {
+		const char *text;
+		const char *host, *port, *export, *socket;
+	} good[] = {
+		{ "nbd://h", "h", "10809", "", "" },
+		{ "nbd://h/", "h", "10809", "", "" },
+		{ "nbd://h/e", "h", "10809", "e", "" },
+		{ "nbd://h:1/e/f", "h", "1", "e/f", "" },
+		{ "nbd://h:65535//e", "h", "65535", "/e", "" },
+		{ "nbd://[::1]", "::1", "10809", "", "" },
+		{ "nbd://[fe80::1%25eth0]:10810/x", "fe80::1%eth0", "10810", "x", "" },
+		{ "nbd://example.org/a%20b%2fc%C3%A4", "example.org", "10809", "a b/c\xc3\xa4", "" },
+		{ "nbd+unix:///?socket=/tmp/s", "", "", "", "/tmp/s" },
+		{ "nbd+unix:///e%3f?socket=/tmp/a%20b", "", "", "e?", "/tmp/a b" },
+		{ "nbd+unix:///e/f?socket=s", "", "", "e/f", "s" },
+	};
+	static const struct {
+		const char *text;
+		int err;
+	} bad[] = {
+		{ "", -EPROTONOSUPPORT },
+		{ "nbd:", -EPROTONOSUPPORT },
+		{ "nbds://h/e", -EPROTONOSUPPORT },
+		{ "nbd+vsock:///e", -EPROTONOSUPPORT },
+		{ "http://h/e", -EPROTONOSUPPORT },
+		{ "nbd://", -EINVAL },
+		{ "nbd:///e", -EINVAL },
+		{ "nbd://:10809/e", -EINVAL },
+		{ "nbd://h:/e", -EINVAL },
+		{ "nbd://h:0/e", -EINVAL },
+		{ "nbd://h:65536/e", -EINVAL },
+		{ "nbd://h:100000/e", -EINVAL },
+		{ "nbd://h:x/e", -EINVAL },
+		{ "nbd://h:1:2/e", -EINVAL },
+		{ "nbd://::1/e", -EINVAL },
+		{ "nbd://[::1/e", -EINVAL },
+		{ "nbd://[]/e", -EINVAL },
+		{ "nbd://[::1]x/e", -EINVAL },
+		{ "nbd://-help/e", -EINVAL },
+		{ "nbd://h/e?socket=s", -EINVAL },
+		{ "nbd://h/%", -EINVAL },
+		{ "nbd://h/%2", -EINVAL },
+		{ "nbd://h/%zz", -EINVAL },
+		{ "nbd://h/%00", -EINVAL },
+		{ "nbd://h/a%00b", -EINVAL },
+		{ "nbd+unix:///e", -EINVAL },
+		{ "nbd+unix:///e?socket=", -EINVAL },
+		{ "nbd+unix:///e?sock=s", -EINVAL },
+		{ "nbd+unix://h/e?socket=s", -EINVAL },
+		{ "nbd+unix:///e?socket=s&x=y", -EINVAL },
+		{ "nbd+unix:///e?socket=%00", -EINVAL },
+	};
+	struct nbd_uri uri;
+	char text[5000];
+
+	for (size_t i = 0; i < sizeof(good) / sizeof(good[0]); i++) {
+		char *copy = exact(good[i].text);
+
+		EXPECT(!parse_nbd_uri(copy, &uri), copy);
+		EXPECT(!strcmp(uri.host, good[i].host), copy);
+		EXPECT(!strcmp(uri.port, good[i].port), copy);
+		EXPECT(!strcmp(uri.export, good[i].export), copy);
+		EXPECT(!strcmp(uri.socket, good[i].socket), copy);
+		free(copy);
+	}
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		char *copy = exact(bad[i].text);
+
+		EXPECT(parse_nbd_uri(copy, &uri) == bad[i].err, copy);
+		free(copy);
+	}
+	sprintf(text, "nbd+unix:///?socket=/%0106d", 0);
+	EXPECT(!parse_nbd_uri(text, &uri) && strlen(uri.socket) == 107, "107 bytes of a socket");
+	sprintf(text, "nbd+unix:///?socket=/%0107d", 0);
+	EXPECT(parse_nbd_uri(text, &uri) == -ENAMETOOLONG, "108 bytes of a socket");
+	sprintf(text, "nbd://h/%04096d", 0);
+	EXPECT(!parse_nbd_uri(text, &uri) && strlen(uri.export) == 4096, "the longest export");
+	sprintf(text, "nbd://h/%04097d", 0);
+	EXPECT(parse_nbd_uri(text, &uri) == -ENAMETOOLONG, "a longer one");
+	sprintf(text, "nbd://%0256d/", 0);
+	EXPECT(parse_nbd_uri(text, &uri) == -ENAMETOOLONG, "a long host");
+	result("NBD addresses");
+}
+
+/* Whatever bytes a path has, they must come back out of the URI and the table. */
+static void test_quoting(void)
+{
+	char every[256], quoted[1100], text[1200], line[1200];
+	struct cow_table table;
+	struct nbd_uri uri;
+	size_t n = 0;
+
+	for (int c = 1; c < 256; c++)
+		every[n++] = c;
+	every[n] = '\0';
+	for (size_t start = 0; start < n; start += 100) {
+		char part[102] = "/";
+
+		strncat(part, every + start, 100);
+		EXPECT(!quote_uri(part, quoted, sizeof(quoted)), "quote_uri");
+		EXPECT(printable(quoted), "quote_uri");
+		sprintf(text, "nbd+unix:///?socket=%s", quoted);
+		EXPECT(!parse_nbd_uri(text, &uri) && !strcmp(uri.socket, part), quoted);
+	}
+	EXPECT(!quote_word(every, quoted, sizeof(quoted)), "quote_word");
+	sprintf(line, "1:2 4 tmpfs %s limit 7", quoted);
+	EXPECT(!parse_table(line, &table), "the table");
+	EXPECT(!strcmp(table.tmpfs, every) && table.limit_blocks == 7, "the table");
+
+	for (size_t size = 1; size < 16; size++) {
+		char *out = malloc(size);
+
+		if (!out)
+			abort();
+		EXPECT(quote_word("a b\\c\nd", out, size) == (size < 12 ? -ENAMETOOLONG : 0) ||
+		       !strcmp(out, "a\\ b\\\\c\\\nd"), "quote_word in little room");
+		if (!quote_uri("a b%c", out, size))
+			EXPECT(!strcmp(out, "a%20b%25c"), "quote_uri in little room");
+		free(out);
+	}
+	result("quoting");
+}
+
+static void test_tables(void)
+{
+	static const char *const bad[] = {
+		"", "43", "43:", "43:0x", ":0", "/dev/nbd0 0", "43:0 2 limit", "43:0 2 limit x",
+		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs \\", "43:0 2 limit 5\\",
+	};
+	struct cow_table table;
+
+	EXPECT(!parse_table("43:0 0", &table), "no features");
+	EXPECT(table.major == 43 && !table.minor, "no features");
+	EXPECT(table.limit_blocks == NO_LIMIT && !table.tmpfs[0], "no features");
+	EXPECT(!parse_table("259:1048575 4 limit 1048576 tmpfs /a\\ b", &table), "all features");
+	EXPECT(table.major == 259 && table.minor == 1048575, "all features");
+	EXPECT(table.limit_blocks == 1048576 && !strcmp(table.tmpfs, "/a b"), "all features");
+	EXPECT(!parse_table("43:0 3 later limit 1", &table), "features of a later version");
+	EXPECT(table.limit_blocks == 1, "features of a later version");
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		char *copy = exact(bad[i]);
+
+		EXPECT(parse_table(copy, &table) < 0, copy);
+		free(copy);
+	}
+	result("table lines");
+}
+
+static void test_status_lines(void)
+{
+	static const char *const bad[] = {
+		"", "ok", "ok 1", "ok 1/", "ok /1", "ok 1/2", "ok 1/2 3 4 5 6", "ok 1/x 3 4 5 6 7",
+		"ok 1/2 3 4 5 6 x", "ok 1-2 3 4 5 6 7", "Fail", "Error",
+		"a-health-word-that-is-longer-than-any 1/2 3 4 5 6 7",
+		"ok 99999999999999999999/2 3 4 5 6 7", "ok 1/2 3 4 5 6 99999999999999999999",
+	};
+	struct cow_status status;
+
+	EXPECT(!parse_status("base-error 1/2 3 4 5 6 7", &status), "all fields");
+	EXPECT(!strcmp(status.health, "base-error"), "health");
+	EXPECT(status.used_blocks == 1 && status.limit_blocks == 2, "used/limit");
+	EXPECT(status.peak_blocks == 3 && status.zeroed_blocks == 4, "peak and zeroed");
+	EXPECT(status.metadata_bytes == 5 && status.writes_refused == 6, "metadata and refused");
+	EXPECT(status.base_errors == 7, "base errors");
+	EXPECT(!parse_status("ok 0/- 0 0 4096 0 0", &status), "no limit");
+	EXPECT(status.limit_blocks == NO_LIMIT, "no limit");
+	EXPECT(!parse_status("full 1/2 3 4 5 6 7 8 new fields", &status), "a later version");
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		char *copy = exact(bad[i]);
+
+		EXPECT(parse_status(copy, &status) < 0, copy);
+		free(copy);
+	}
+	result("status lines");
+}
+
+static void test_words_for_people(void)
+{
+	static const char *const words[] = { "base", "limit", "size", "round", NULL };
+	static const struct {
+		uint64_t bytes;
+		const char *text;
+	} sizes[] = {
+		{ 0, "0 B" },
+		{ 1023, "1023 B" },
+		{ 1024, "1.0 KiB" },
+		{ 4096, "4.0 KiB" },
+		{ 1048575, "1.0 MiB" },
+		{ 1536 << 10, "1.5 MiB" },
+		{ 20ULL << 30, "20.0 GiB" },
+		{ UINT64_MAX, "16.0 EiB" },
+	};
+	char buf[16];
+
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		human_size(sizes[i].bytes, buf);
+		EXPECT(!strcmp(buf, sizes[i].text), buf);
+	}
+	EXPECT(nearest("bse", words) == words[0], "bse");
+	EXPECT(nearest("limits", words) == words[1], "limits");
+	EXPECT(nearest("sise", words) == words[2], "sise");
+	EXPECT(!nearest("colour", words), "colour");
+	EXPECT(!nearest("", words), "nothing");
+	EXPECT(!nearest("a word that is very much longer than all of them", words), "long");
+	result("words for people");
+}
+
+int main(void)
+{
+	test_names();
+	test_sizes();
+	test_limits();
+	test_ports();
+	test_uris();
+	test_quoting();
+	test_tables();
+	test_status_lines();
+	test_words_for_people();
+	printf("1..%u\n", tests);
+	return failures != 0;
+}
