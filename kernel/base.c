@@ -43,7 +43,7 @@ static sector_t first_sector(const struct nbdcow_rmw *rmw)
 /* How much of the block the base has; the rest reads as zeroes. */
 static unsigned int base_bytes(const struct nbdcow_rmw *rmw)
 {
-	sector_t left = rmw->t->base_sectors - first_sector(rmw);
+	sector_t left = rmw->t->overlay->base_sectors - first_sector(rmw);
 
 	return min_t(sector_t, left, NBDCOW_BLOCK_SECTORS) << SECTOR_SHIFT;
 }
@@ -72,14 +72,14 @@ static void rmw_install(struct nbdcow_rmw *rmw, struct bio_list *bios)
 	unsigned int bytes = base_bytes(rmw);
 	struct nbdcow_piece piece;
 	struct bio *bio;
+	int ret;
 
 	memset(base + bytes, 0, NBDCOW_BLOCK_BYTES - bytes);
 	while ((bio = bio_list_pop(bios))) {
 		nbdcow_piece_init(&piece, rmw->t, bio, bio->bi_iter);
 		piece.base = base;
-		piece.nowait = false;
-		nbdcow_bio_complete(bio, nbdcow_overlay_write(rmw->t->overlay,
-							      &piece));
+		ret = nbdcow_overlay_write_wait(rmw->t->overlay, &piece);
+		nbdcow_bio_complete(bio, ret);
 	}
 }
 
@@ -123,11 +123,11 @@ static void rmw_work(struct work_struct *work)
 
 	spin_lock(&t->rmw_lock);
 	rmw_free(rmw);
-	idle = !--t->rmw_inflight;
 	bio = bio_list_pop(&t->rmw_waiting);
+	idle = !--t->rmw_inflight && !bio;
 	spin_unlock(&t->rmw_lock);
 	if (bio)
-		nbdcow_rmw_submit(t, bio);
+		nbdcow_defer(t, bio);
 	else if (idle)
 		wake_up_var(&t->rmw_inflight);	/* t may be gone: only a key */
 }
@@ -154,6 +154,25 @@ static struct nbdcow_rmw *rmw_alloc(struct nbdcow_target *t)
 }
 
 /**
+ * nbdcow_rmw_next() - go on with a bio that waits for a descriptor, if any
+ * @t: the target, kept alive by a bio of the caller
+ *
+ * Called by who came from the waiting list and needed no descriptor after all.
+ *
+ * Context: process context.
+ */
+void nbdcow_rmw_next(struct nbdcow_target *t)
+{
+	struct bio *bio;
+
+	spin_lock(&t->rmw_lock);
+	bio = bio_list_pop(&t->rmw_waiting);
+	spin_unlock(&t->rmw_lock);
+	if (bio)
+		nbdcow_defer(t, bio);
+}
+
+/**
  * nbdcow_rmw_submit() - write a part of a block that is in state BASE
  * @t: the target
  * @bio: a WRITE or WRITE_ZEROES that lies within one block; completed later
@@ -165,12 +184,16 @@ void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio)
 	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 	u64 block = nbdcow_block(sector);
 	struct nbdcow_rmw *rmw;
+	struct bio *next;
 
 	spin_lock(&t->rmw_lock);
 	hlist_for_each_entry(rmw, bucket(t, block), node) {
 		if (rmw->block == block) {
 			bio_list_add(&rmw->bios, bio);
+			next = bio_list_pop(&t->rmw_waiting);
 			spin_unlock(&t->rmw_lock);
+			if (next)
+				nbdcow_defer(t, next);
 			return;
 		}
 	}

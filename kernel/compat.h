@@ -36,13 +36,21 @@ nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
 #define filemap_get_folio	nbdcow_filemap_get_folio
 #endif
 
-/* 6.11: a volatile write cache is a queue limit, inherited from the base. */
-static inline void nbdcow_limits_no_write_cache(struct queue_limits *limits)
+/*
+ * Properties of the base that we do not share: its alignment, and since they
+ * are queue limits (6.11) its volatile write cache and need of stable pages.
+ */
+static inline void nbdcow_limits_disinherit(struct queue_limits *limits)
 {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
+	limits->flags &= ~BLK_FLAG_MISALIGNED;
 	limits->features &= ~(BLK_FEAT_WRITE_CACHE | BLK_FEAT_FUA |
 			      BLK_FEAT_STABLE_WRITES);
+#else
+	limits->misaligned = 0;
 #endif
+	limits->alignment_offset = 0;
+	limits->discard_alignment = 0;
 }
 
 /*

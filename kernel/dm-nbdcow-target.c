@@ -28,13 +28,19 @@
  *
  * Data path
  * ---------
- * map() runs in the submitter's context, may sleep for memory and locks but
- * never waits for I/O. It serves blocks from RAM one after the other and
- * completes the bio; where a run in state BASE begins, it accepts what it has
- * done and gets the rest in another bio. A partial write of a BASE block is
- * the one case that needs the base's content: base.c reads it and installs
- * the block from a work. Flushes have nothing to do and FUA means nothing: the
- * overlay is volatile on purpose.
+ * map() runs in the submitter's context and may sleep for locks and memory. It
+ * serves blocks from RAM one after the other and completes the bio; where a
+ * run in state BASE begins, it accepts what it has done and gets the rest in
+ * another bio. It never waits for I/O: the block layer only queues what is
+ * submitted in map(), so that would be waiting for oneself. Three things go on
+ * outside of map():
+ *  - a partial write of a BASE block needs the base's content: base.c reads it
+ *    and installs the block from a work;
+ *  - a block that is swapped out, and a write that found no memory, go to a
+ *    work of the bio's own (nbdcow_defer());
+ *  - so does all removal of blocks, since punching may have to swap in.
+ * Flushes have nothing to do and FUA means nothing: the overlay is volatile on
+ * purpose.
  *
  * Under REQ_NOWAIT every lock is tried, memory is asked for with GFP_NOWAIT,
  * and whatever would sleep ends the bio with BLK_STS_AGAIN.
@@ -49,8 +55,7 @@
  *	rmw_lock	read-modify-write descriptors of a target; a leaf lock
  *
  * The layer is read under RCU or any shard lock. In the I/O path all
- * allocations are GFP_NOIO, and outside of it no shard lock is held while
- * memory is allocated.
+ * allocations are GFP_NOIO; elsewhere no shard lock is held during one.
  *
  * Installing a block
  * ------------------
@@ -63,24 +68,25 @@
  * discard came between reading the base and installing, completes it with
  * zeroes.
  *
- * Without locks
- * -------------
- * Reads and rewrites of stored blocks take neither lock: find the page with a
- * reference, look at the state, copy, mark dirty if written, drop the
- * reference.
- *  - Against a discard: the state is looked at after the page was found. Still
- *    OVERLAY means that the page is this block's, complete; if it is removed
- *    afterwards, then the discard was concurrent, and either order is right.
- *  - Against discard and new install: the page may be the new one, unfinished,
- *    but then the look finds the state that the discard left, since the new
- *    page entered the file only after it. A newer OVERLAY means that the page
- *    is finished.
- *  - Against reset: page and state come from one layer, under RCU. Nothing is
- *    installed in a layer that has been replaced, and its pages are freed only
- *    after a grace period.
- *  - Against reclaim: it may move the page to the swap cache at any time. The
- *    reference keeps it in memory, and marking it dirty after the copy makes
- *    reclaim write it again.
+ * Reading without locks, rewriting with the page lock only
+ * -------------------------------------------------------
+ * Find the page with a reference (a rewrite also tries its lock), then look at
+ * the state, copy. What if meanwhile, or before the look,
+ *  - the block is discarded: the state changes before the page goes. Found
+ *    OVERLAY, the page was the block's; the discard is concurrent, and either
+ *    order is right.
+ *  - it is discarded and installed anew: the page may be the new one, not yet
+ *    filled, but it entered the file only after the discard had changed the
+ *    state. OVERLAY at the look then means that it is filled.
+ *  - the overlay is reset: page and state come from one layer, under RCU.
+ *    Nothing is installed in a layer that has been replaced, and its pages are
+ *    freed only after a grace period.
+ *  - reclaim moves the page to the swap cache: a reader's reference keeps its
+ *    content; a rewrite excludes it by the page lock.
+ *  - the page migrates: a reader's reference makes the move fail, and a page
+ *    that is being moved to is not up to date until it is filled; a rewrite
+ *    excludes it by the page lock. A reference alone would lose the bytes that
+ *    come between the copy and the freezing of the references.
  *
  * Read-modify-write races
  * -----------------------
@@ -99,9 +105,9 @@
  *
  * Objects
  * -------
- * nbdcow_target is one table line. nbdcow_overlay holds the changes; it is
- * shared by all tables of one mapped device at the same start, so that a
- * reload keeps it, and goes with the last of them. I/O reaches it through one
+ * nbdcow_target is a table, which has one line. nbdcow_overlay holds the changes;
+ * it is shared by all tables of one mapped device, so that a reload keeps it,
+ * and goes with the last of them. I/O reaches it through one
  * table at a time, since device-mapper suspends the old one first.
  */
 #include <linux/module.h>
@@ -169,9 +175,10 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 	piece->offset = (sector % NBDCOW_BLOCK_SECTORS) << SECTOR_SHIFT;
 	piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset, iter.bi_size);
 	piece->base = NULL;
-	piece->base_is_zero =
-		piece->block * NBDCOW_BLOCK_SECTORS >= t->base_sectors;
+	piece->base_is_zero = piece->block * NBDCOW_BLOCK_SECTORS >=
+			      t->overlay->base_sectors;
 	piece->nowait = bio->bi_opf & REQ_NOWAIT;
+	piece->may_wait = false;
 }
 
 /*
@@ -183,6 +190,7 @@ static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
 				  unsigned int max, unsigned int *sectors)
 {
 	unsigned int skip = sector % NBDCOW_BLOCK_SECTORS;
+	sector_t base_sectors = t->overlay->base_sectors;
 	enum nbdcow_state state;
 	u64 run;
 
@@ -191,11 +199,11 @@ static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
 						  NBDCOW_BLOCK_SECTORS), &run);
 	*sectors = min_t(u64, max, run * NBDCOW_BLOCK_SECTORS - skip);
 	if (state == NBDCOW_BASE) {
-		if (sector >= t->base_sectors)
+		if (sector >= base_sectors)
 			state = NBDCOW_ZERO;
 		else
 			*sectors = min_t(sector_t, *sectors,
-					 t->base_sectors - sector);
+					 base_sectors - sector);
 	}
 	return state;
 }
@@ -213,44 +221,57 @@ static int finish(struct bio *bio, int error)
 	return DM_MAPIO_SUBMITTED;
 }
 
+static int defer(struct nbdcow_target *t, struct bio *bio)
+{
+	nbdcow_defer(t, bio);
+	return DM_MAPIO_SUBMITTED;
+}
+
+static void remap(struct nbdcow_target *t, struct bio *bio)
+{
+	bio_set_dev(bio, t->base->bdev);
+	bio->bi_iter.bi_sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+}
+
 static int map_read(struct nbdcow_target *t, struct bio *bio)
 {
 	unsigned int total = bio_sectors(bio), done = 0, n;
 	struct bvec_iter iter = bio->bi_iter;
 	struct nbdcow_piece piece;
-	enum nbdcow_state state;
-	sector_t sector;
 	int ret;
 
 	while (done < total) {
-		sector = dm_target_offset(t->ti, iter.bi_sector);
-		state = state_at(t, sector, total - done, &n);
-
-		if (state == NBDCOW_BASE) {
+		switch (state_at(t, dm_target_offset(t->ti, iter.bi_sector),
+				 total - done, &n)) {
+		case NBDCOW_BASE:
 			if (done)
-				break;
+				goto out;
 			accept(bio, n);
-			bio_set_dev(bio, t->base->bdev);
-			bio->bi_iter.bi_sector = sector;
+			remap(t, bio);
 			return DM_MAPIO_REMAPPED;
-		}
-		if (state == NBDCOW_ZERO) {
+		case NBDCOW_ZERO:
 			nbdcow_zero_bio(bio, &iter, n << SECTOR_SHIFT);
 			done += n;
-			continue;
-		}
-		while (n) {
+			break;
+		case NBDCOW_OVERLAY:
 			nbdcow_piece_init(&piece, t, bio, iter);
 			ret = nbdcow_overlay_read(t->overlay, &piece);
 			if (ret == -ESTALE)	/* discarded or reset */
 				break;
+			if (ret == -EINPROGRESS) {
+				if (done)
+					goto out;
+				accept(bio, piece.bytes >> SECTOR_SHIFT);
+				return defer(t, bio);
+			}
 			if (ret)
 				return finish(bio, ret);
 			iter = piece.iter;
 			done += piece.bytes >> SECTOR_SHIFT;
-			n -= min(n, piece.bytes >> SECTOR_SHIFT);
+			break;
 		}
 	}
+out:
 	accept(bio, done);
 	return finish(bio, 0);
 }
@@ -266,10 +287,12 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 	while (done < total) {
 		nbdcow_piece_init(&piece, t, bio, iter);
 		ret = nbdcow_overlay_write(t->overlay, &piece);
-		if (ret == -ENODATA) {
+		if (ret == -ENODATA || ret == -EINPROGRESS) {
 			if (done)
 				break;
 			accept(bio, piece.bytes >> SECTOR_SHIFT);
+			if (ret == -EINPROGRESS)
+				return defer(t, bio);
 			nbdcow_rmw_submit(t, bio);
 			return DM_MAPIO_SUBMITTED;
 		}
@@ -283,35 +306,138 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 }
 
 /*
- * DISCARD and WRITE_ZEROES. A block that the device's end cuts counts as
- * whole, unless the base goes on behind it and a longer table could show that.
+ * The whole blocks of a DISCARD or WRITE_ZEROES. A block that the device's end
+ * cuts counts as whole, unless the base goes on behind it and a longer table
+ * could show that.
  */
+static void whole_blocks(struct nbdcow_target *t, struct bio *bio, u64 *first,
+			 u64 *last)
+{
+	sector_t start = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+	sector_t end = start + bio_sectors(bio);
+
+	*first = DIV_ROUND_UP_ULL(start, NBDCOW_BLOCK_SECTORS);
+	*last = nbdcow_block(end);
+	if (end == t->ti->len && t->overlay->base_sectors <= end)
+		*last = DIV_ROUND_UP_ULL(end, NBDCOW_BLOCK_SECTORS);
+}
+
 static int map_zero(struct nbdcow_target *t, struct bio *bio)
 {
 	sector_t start = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 	sector_t end = start + bio_sectors(bio);
-	u64 first = DIV_ROUND_UP_ULL(start, NBDCOW_BLOCK_SECTORS);
-	u64 last = nbdcow_block(end);
-	unsigned int head, body;
+	u64 first, last;
 
-	if (end == t->ti->len && t->base_sectors <= end)
-		last = DIV_ROUND_UP_ULL(end, NBDCOW_BLOCK_SECTORS);
+	whole_blocks(t, bio, &first, &last);
 
 	if (bio_op(bio) == REQ_OP_WRITE_ZEROES) {
-		head = min_t(sector_t, end, first * NBDCOW_BLOCK_SECTORS) - start;
-		if (!head && first >= last)
-			head = end - start;
-		if (head) {
-			accept(bio, head);
+		/* What comes before the first whole block, or all there is. */
+		if (first >= last || first * NBDCOW_BLOCK_SECTORS > start) {
+			end = min_t(sector_t, end, (nbdcow_block(start) + 1) *
+						   NBDCOW_BLOCK_SECTORS);
+			accept(bio, end - start);
 			return map_write(t, bio);
 		}
-		body = min_t(sector_t, end, last * NBDCOW_BLOCK_SECTORS) - start;
-		accept(bio, body);
+		accept(bio, min_t(sector_t, end, last * NBDCOW_BLOCK_SECTORS) -
+			    start);
 	}
-	if (first >= last)
-		return finish(bio, 0);
-	return finish(bio, nbdcow_overlay_zero(t->overlay, first, last - first,
-					       bio->bi_opf & REQ_NOWAIT));
+	return first < last ? defer(t, bio) : finish(bio, 0);
+}
+
+/*
+ * Outside of map()
+ */
+
+/* A read within one block. */
+static void work_read(struct nbdcow_target *t, struct bio *bio)
+{
+	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+	struct bvec_iter iter = bio->bi_iter;
+	struct nbdcow_piece piece;
+	unsigned int n;
+	int ret;
+
+	do {
+		switch (state_at(t, sector, bio_sectors(bio), &n)) {
+		case NBDCOW_BASE:
+			/* The base may end within the block. */
+			bio_advance_iter(bio, &iter, n << SECTOR_SHIFT);
+			nbdcow_zero_bio(bio, &iter, iter.bi_size);
+			bio->bi_iter.bi_size = n << SECTOR_SHIFT;
+			remap(t, bio);
+			submit_bio_noacct(bio);
+			return;
+		case NBDCOW_ZERO:
+			nbdcow_zero_bio(bio, &iter, iter.bi_size);
+			ret = 0;
+			break;
+		case NBDCOW_OVERLAY:
+			nbdcow_piece_init(&piece, t, bio, iter);
+			piece.nowait = false;
+			piece.may_wait = true;
+			ret = nbdcow_overlay_read(t->overlay, &piece);
+			break;
+		}
+	} while (ret == -ESTALE);
+	nbdcow_bio_complete(bio, ret);
+}
+
+/* A write within one block. */
+static void work_write(struct nbdcow_target *t, struct bio *bio)
+{
+	struct nbdcow_piece piece;
+	int ret;
+
+	nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
+	ret = nbdcow_overlay_write_wait(t->overlay, &piece);
+	if (ret == -ENODATA) {
+		nbdcow_rmw_submit(t, bio);
+		return;
+	}
+	nbdcow_rmw_next(t);
+	nbdcow_bio_complete(bio, ret);
+}
+
+static void work_io(struct work_struct *work)
+{
+	struct nbdcow_io *io = container_of(work, struct nbdcow_io, work);
+	struct bio *bio = dm_bio_from_per_bio_data(io, sizeof(*io));
+	u64 first, last;
+
+	switch (bio_op(bio)) {
+	case REQ_OP_READ:
+		work_read(io->t, bio);
+		return;
+	case REQ_OP_DISCARD:
+	case REQ_OP_WRITE_ZEROES:
+		whole_blocks(io->t, bio, &first, &last);
+		if (first < last) {
+			nbdcow_bio_complete(bio, nbdcow_overlay_zero(io->t->overlay,
+								     first,
+								     last - first));
+			return;
+		}
+		fallthrough;
+	default:
+		work_write(io->t, bio);
+	}
+}
+
+/**
+ * nbdcow_defer() - go on with a bio in a context that may wait for I/O
+ * @t: the target
+ * @bio: a read or write within one block, or a discard or zeroing; completed
+ *	later
+ *
+ * Context: any process context.
+ */
+void nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
+{
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	io->t = t;
+	INIT_WORK(&io->work, work_io);
+	queue_work(nbdcow_wq, &io->work);
 }
 
 static int nbdcow_map(struct dm_target *ti, struct bio *bio)
@@ -336,7 +462,9 @@ static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
 {
 	struct nbdcow_target *t = ti->private;
 
-	if (bio->bi_bdev == t->base->bdev && *status != BLK_STS_AGAIN)
+	/* Read-ahead may fail for no reason but load. */
+	if (bio->bi_bdev != t->self && *status != BLK_STS_AGAIN &&
+	    !(bio->bi_opf & REQ_RAHEAD))
 		nbdcow_base_done(t, *status);
 	return DM_ENDIO_DONE;
 }
@@ -367,7 +495,8 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 		{ 0, 4, "Invalid number of feature arguments" },
 	};
 	unsigned int left;
-	const char *name, *value;
+	const char *name;
+	char *value;
 
 	if (!as->argc)
 		return 0;
@@ -380,7 +509,7 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 
 	for (; left; left -= min(left, 2U)) {
 		name = dm_shift_arg(as);
-		value = left > 1 ? dm_shift_arg(as) : NULL;
+		value = left > 1 ? (char *)dm_shift_arg(as) : NULL;
 		if (!strcasecmp(name, "limit")) {
 			if (t->limit != NBDCOW_NO_LIMIT || !value ||
 			    nbdcow_parse_limit(value, &t->limit)) {
@@ -388,7 +517,8 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 				return -EINVAL;
 			}
 		} else if (!strcasecmp(name, "tmpfs")) {
-			if (*tmpfs_dir || !value || *value != '/') {
+			if (*tmpfs_dir || !value || *value != '/' ||
+			    nbdcow_decode_path(value)) {
 				*error = "tmpfs takes the absolute path of a directory, once";
 				return -EINVAL;
 			}
@@ -412,11 +542,18 @@ static int open_base(struct dm_target *ti, const char *path)
 			"Cannot open the base device";
 		return ret;
 	}
-	if (t->base->bdev->bd_dev == disk_devt(dm_disk(dm_table_get_md(ti->table)))) {
+	if (t->base->bdev->bd_dev == t->self->bd_dev) {
 		ti->error = "A device cannot be its own base";
 		return -ELOOP;
 	}
-	t->base_sectors = bdev_nr_sectors(t->base->bdev);
+	if (!bdev_nr_sectors(t->base->bdev)) {
+		ti->error = "The base device is empty or not connected";
+		return -ENOMEDIUM;
+	}
+	if (bdev_logical_block_size(t->base->bdev) > NBDCOW_BLOCK_BYTES) {
+		ti->error = "The base device has logical blocks of more than 4096 bytes";
+		return -EINVAL;
+	}
 	return 0;
 }
 
@@ -425,7 +562,8 @@ static int open_base(struct dm_target *ti, const char *path)
  *
  *	<base device>	any block device, opened read-only
  *	limit <blocks>	most 4 KiB blocks the overlay may store
- *	tmpfs <dir>	store them on the tmpfs mounted at this directory
+ *	tmpfs <dir>	store them on the tmpfs that holds this directory; an
+ *			absolute path, blanks and the like as %XX
  */
 static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
@@ -440,12 +578,17 @@ static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 		ti->error = "No base device given";
 		return -EINVAL;
 	}
+	if (nbdcow_block(ti->len) >= NBDCOW_MAX_BLOCKS) {
+		ti->error = "The table is too long";
+		return -EFBIG;
+	}
 	t = kzalloc(sizeof(*t), GFP_KERNEL_ACCOUNT);
 	if (!t) {
 		ti->error = "Not enough memory";
 		return -ENOMEM;
 	}
 	t->ti = ti;
+	t->self = dm_disk(dm_table_get_md(ti->table))->part0;
 	t->limit = NBDCOW_NO_LIMIT;
 	ti->private = t;
 
@@ -460,7 +603,7 @@ static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	ret = open_base(ti, base_path);
 	if (ret)
 		goto bad;
-	ov = nbdcow_overlay_get(ti, tmpfs_dir, &ti->error);
+	ov = nbdcow_overlay_get(ti, t->base->bdev, tmpfs_dir, &ti->error);
 	if (IS_ERR(ov)) {
 		ret = PTR_ERR(ov);
 		goto bad;
@@ -470,6 +613,7 @@ static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	ti->num_discard_bios = 1;
 	ti->num_write_zeroes_bios = 1;
 	ti->discards_supported = true;
+	ti->per_io_data_size = sizeof(struct nbdcow_io);
 	return 0;
 
 bad:
@@ -490,9 +634,7 @@ static void nbdcow_resume(struct dm_target *ti)
 {
 	struct gendisk *disk = dm_disk(dm_table_get_md(ti->table));
 
-	/* Other targets in the table may be unable to zero. */
-	if (ti->len == get_capacity(disk))
-		nbdcow_offer_write_zeroes(disk->queue, NBDCOW_MAX_ZERO_SECTORS);
+	nbdcow_offer_write_zeroes(disk->queue, NBDCOW_MAX_ZERO_SECTORS);
 }
 
 static int nbdcow_iterate_devices(struct dm_target *ti,
@@ -500,7 +642,8 @@ static int nbdcow_iterate_devices(struct dm_target *ti,
 {
 	struct nbdcow_target *t = ti->private;
 
-	return fn(ti, t->base, 0, min_t(sector_t, ti->len, t->base_sectors), data);
+	return fn(ti, t->base, 0, min_t(sector_t, ti->len, t->overlay->base_sectors),
+		  data);
 }
 
 static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
@@ -508,19 +651,18 @@ static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
 	limits->physical_block_size = max(limits->physical_block_size,
 					  NBDCOW_BLOCK_BYTES);
 	limits->io_min = max(limits->io_min, NBDCOW_BLOCK_BYTES);
-	limits->alignment_offset = 0;
 	limits->discard_granularity = max(limits->logical_block_size,
 					  NBDCOW_BLOCK_BYTES);
-	limits->discard_alignment = 0;
 	limits->max_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
 	limits->max_hw_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
-	nbdcow_limits_no_write_cache(limits);
+	nbdcow_limits_disinherit(limits);
 }
 
 static struct target_type nbdcow_target_type = {
 	.name = "nbdcow",
 	.version = { 1, 0, 0 },
-	.features = DM_TARGET_NOWAIT,
+	/* Alone in its table, so that no other line opens the base for writing. */
+	.features = DM_TARGET_SINGLETON | DM_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = nbdcow_ctr,
 	.dtr = nbdcow_dtr,

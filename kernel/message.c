@@ -29,16 +29,46 @@ int nbdcow_parse_limit(const char *arg, unsigned long *limit)
 	return 0;
 }
 
-/* A word of the table line, escaped as device-mapper splits lines. */
-static void emit_word(const char *word, char *result, unsigned int maxlen,
+/**
+ * nbdcow_decode_path() - undo the %XX encoding of a path, in place
+ * @path: the path as it stands in a table line
+ *
+ * Device-mapper splits lines at blanks, and libdevmapper doubles backslashes,
+ * so neither gets through as it is.
+ *
+ * Context: any.
+ * Return: 0 or -EINVAL.
+ */
+int nbdcow_decode_path(char *path)
+{
+	char *to = path;
+
+	for (; *path; path++) {
+		if (*path == '%') {
+			u8 byte;
+
+			if (hex2bin(&byte, path + 1, 1) || !byte)
+				return -EINVAL;
+			*to++ = byte;
+			path += 2;
+		} else {
+			*to++ = *path;
+		}
+	}
+	*to = '\0';
+	return 0;
+}
+
+static void emit_path(const char *path, char *result, unsigned int maxlen,
 		      unsigned int *size)
 {
 	unsigned int sz = *size;
 
-	for (; *word; word++) {
-		if (isspace(*word) || *word == '\\')
-			DMEMIT("\\");
-		DMEMIT("%c", *word);
+	for (; *path; path++) {
+		if (isgraph(*path) && *path != '\\' && *path != '%')
+			DMEMIT("%c", *path);
+		else
+			DMEMIT("%%%02X", (u8)*path);
 	}
 	*size = sz;
 }
@@ -56,7 +86,7 @@ static unsigned int emit_table(struct nbdcow_target *t, char *result,
 		DMEMIT(" limit %lu", limit);
 	if (dir) {
 		DMEMIT(" tmpfs ");
-		emit_word(dir, result, maxlen, &sz);
+		emit_path(dir, result, maxlen, &sz);
 	}
 	return sz;
 }
@@ -64,7 +94,7 @@ static unsigned int emit_table(struct nbdcow_target *t, char *result,
 static const char *health(struct nbdcow_target *t)
 {
 	if (READ_ONCE(t->base_failed) ||
-	    bdev_nr_sectors(t->base->bdev) < t->base_sectors)
+	    bdev_nr_sectors(t->base->bdev) < t->overlay->base_sectors)
 		return "base-error";
 
 	switch (nbdcow_overlay_level(t->overlay)) {
@@ -140,9 +170,18 @@ void nbdcow_status(struct dm_target *ti, status_type_t type,
  * Messages
  */
 
+static const char *device_name(struct nbdcow_target *t)
+{
+	return dm_table_device_name(t->ti->table);
+}
+
 static int message_reset(struct nbdcow_target *t, char **argv)
 {
-	return nbdcow_overlay_reset(t->overlay);
+	int ret = nbdcow_overlay_reset(t->overlay);
+
+	if (ret)
+		DMERR("%s: reset failed (error %d)", device_name(t), ret);
+	return ret;
 }
 
 static int message_limit(struct nbdcow_target *t, char **argv)
@@ -150,8 +189,8 @@ static int message_limit(struct nbdcow_target *t, char **argv)
 	unsigned long limit = NBDCOW_NO_LIMIT;
 
 	if (strcasecmp(argv[1], "none") && nbdcow_parse_limit(argv[1], &limit)) {
-		DMERR("limit: expected a number of 4 KiB blocks or none, got %s",
-		      argv[1]);
+		DMERR("%s: limit: expected a number of 4 KiB blocks or none, got %s",
+		      device_name(t), argv[1]);
 		return -EINVAL;
 	}
 	WRITE_ONCE(t->limit, limit);
@@ -189,12 +228,14 @@ int nbdcow_message(struct dm_target *ti, unsigned int argc, char **argv,
 		if (strcasecmp(argv[0], messages[i].name))
 			continue;
 		if (argc != messages[i].argc) {
-			DMERR("message %s takes %u arguments, got %u", argv[0],
+			DMERR("%s: message %s takes %u arguments, got %u",
+			      device_name(ti->private), argv[0],
 			      messages[i].argc - 1, argc - 1);
 			return -EINVAL;
 		}
 		return messages[i].handle(ti->private, argv);
 	}
-	DMERR("unknown message %s: expected reset or limit", argv[0]);
+	DMERR("%s: unknown message %s: expected reset or limit",
+	      device_name(ti->private), argv[0]);
 	return -EINVAL;
 }

@@ -8,6 +8,7 @@
 
 #include <linux/bio.h>
 #include <linux/device-mapper.h>
+#include <linux/fs.h>
 #include <linux/kref.h>
 #include <linux/mempool.h>
 #include <linux/mutex.h>
@@ -20,6 +21,9 @@
 #define NBDCOW_BLOCK_BYTES	4096U
 #define NBDCOW_BLOCK_SECTORS	(NBDCOW_BLOCK_BYTES >> SECTOR_SHIFT)
 #define NBDCOW_NO_LIMIT		ULONG_MAX
+/* 8 PiB: the map's table has 1 GiB then, and file offsets fit everywhere. */
+#define NBDCOW_MAX_BLOCKS	min_t(u64, 1ULL << 41, \
+				      (u64)MAX_LFS_FILESIZE >> NBDCOW_BLOCK_SHIFT)
 
 /* Shard locks of an overlay; a power of two. */
 #define NBDCOW_SHARDS		16
@@ -54,7 +58,7 @@ struct nbdcow_overlay {
 	atomic_long_t refused;	/* writes that failed for want of space */
 	atomic_long_t base_errors; /* failed reads of the base */
 	atomic_t level;		/* enum nbdcow_level, to see it rise */
-	bool store_full;	/* the last attempt to get a page failed */
+	bool store_full;	/* the last attempt to store a new block failed */
 	struct mem_cgroup *memcg; /* creator's, charged for pages and leaves */
 	struct mutex mutex;	/* reset, growth, event_ti */
 	struct dm_target *event_ti; /* whose table gets events; under mutex */
@@ -62,7 +66,7 @@ struct nbdcow_overlay {
 	struct kref kref;	/* one per table; under overlays_mutex */
 	struct list_head list;	/* all overlays; under overlays_mutex */
 	struct mapped_device *md; /* key of the overlay, constant */
-	sector_t begin;		/* key within the device, constant */
+	sector_t base_sectors;	/* size of the base, constant: one view for all */
 	char *tmpfs_dir;	/* as given, or NULL; constant */
 };
 
@@ -72,11 +76,11 @@ enum nbdcow_level {
 	NBDCOW_FULL,		/* a new block would be refused */
 };
 
-/* One line of a table. */
+/* A table's only line. */
 struct nbdcow_target {
 	struct dm_target *ti;	/* its device-mapper side */
 	struct dm_dev *base;	/* opened read-only */
-	sector_t base_sectors;	/* size of the base when the table was loaded */
+	struct block_device *self; /* what bios have that were not remapped */
 	struct nbdcow_overlay *overlay; /* shared with other tables of the device */
 	unsigned long limit;	/* taken over by the overlay at resume */
 	bool base_failed;	/* the last read of the base failed */
@@ -98,6 +102,13 @@ struct nbdcow_piece {
 	const void *base;	/* the base's content of the whole block, or NULL */
 	bool base_is_zero;	/* the block lies past the end of the base */
 	bool nowait;		/* do not sleep, return -EAGAIN instead */
+	bool may_wait;		/* for I/O and memory: not in map() */
+};
+
+/* Beside each bio of ours. */
+struct nbdcow_io {
+	struct work_struct work; /* goes on with the bio outside of map() */
+	struct nbdcow_target *t;
 };
 
 /* dm-nbdcow-target.c */
@@ -105,20 +116,23 @@ extern struct workqueue_struct *nbdcow_wq;
 void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 		       struct bio *bio, struct bvec_iter iter);
 void nbdcow_bio_complete(struct bio *bio, int error);
+void nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
 void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status);
 
 /* overlay.c */
 extern unsigned long nbdcow_total_limit;
 extern atomic_long_t nbdcow_total_used;
 struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
+					  struct block_device *base,
 					  const char *tmpfs_dir, char **error);
 void nbdcow_overlay_put(struct nbdcow_overlay *ov);
 enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 				       u64 max, u64 *run);
 int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece);
 int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece);
-int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count,
-			bool nowait);
+int nbdcow_overlay_write_wait(struct nbdcow_overlay *ov,
+			      struct nbdcow_piece *piece);
+int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count);
 int nbdcow_overlay_reset(struct nbdcow_overlay *ov);
 void nbdcow_overlay_set_limit(struct nbdcow_overlay *ov, unsigned long limit);
 void nbdcow_overlay_set_event(struct nbdcow_overlay *ov, struct dm_target *ti,
@@ -127,10 +141,12 @@ enum nbdcow_level nbdcow_overlay_level(struct nbdcow_overlay *ov);
 
 /* store.c */
 struct file *nbdcow_store_create(const char *dir, char **error);
+struct file *nbdcow_store_another(struct file *file);
 void nbdcow_store_destroy(struct file *file);
 struct page *nbdcow_store_find(struct file *file, u64 block);
+bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);
 struct page *nbdcow_store_get_locked(struct file *file, u64 block, bool nowait,
-				     bool exists);
+				     bool may_wait);
 void nbdcow_store_punch(struct file *file, u64 block, u64 count);
 void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
 		     unsigned int bytes);
@@ -143,9 +159,11 @@ void nbdcow_fill_page(const struct nbdcow_piece *piece, struct page *page,
 int nbdcow_rmw_init(struct nbdcow_target *t);
 void nbdcow_rmw_exit(struct nbdcow_target *t);
 void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio);
+void nbdcow_rmw_next(struct nbdcow_target *t);
 
 /* message.c */
 int nbdcow_parse_limit(const char *arg, unsigned long *limit);
+int nbdcow_decode_path(char *path);
 void nbdcow_status(struct dm_target *ti, status_type_t type,
 		   unsigned int status_flags, char *result, unsigned int maxlen);
 int nbdcow_message(struct dm_target *ti, unsigned int argc, char **argv,

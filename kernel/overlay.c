@@ -49,25 +49,24 @@ static void layer_destroy(struct nbdcow_layer *layer)
 	kfree(layer);
 }
 
-static struct nbdcow_layer *layer_create(u64 nr_blocks, const char *tmpfs_dir,
-					 char **error)
+/* A layer around an empty @file, which it takes over, also when it fails. */
+static struct nbdcow_layer *layer_create(u64 nr_blocks, struct file *file)
 {
-	struct nbdcow_layer *layer = kzalloc(sizeof(*layer), GFP_KERNEL_ACCOUNT);
-	struct file *file;
+	struct nbdcow_layer *layer;
 
-	if (layer)
-		layer->map = nbdcow_map_create(nr_blocks);
-	if (!layer || !layer->map) {
-		*error = "Not enough memory for the block-state map";
+	if (IS_ERR(file))
+		return ERR_CAST(file);
+	layer = kzalloc(sizeof(*layer), GFP_KERNEL_ACCOUNT);
+	if (!layer) {
+		nbdcow_store_destroy(file);
+		return ERR_PTR(-ENOMEM);
+	}
+	layer->file = file;
+	layer->map = nbdcow_map_create(nr_blocks);
+	if (!layer->map) {
 		layer_destroy(layer);
 		return ERR_PTR(-ENOMEM);
 	}
-	file = nbdcow_store_create(tmpfs_dir, error);
-	if (IS_ERR(file)) {
-		layer_destroy(layer);
-		return ERR_CAST(file);
-	}
-	layer->file = file;
 	return layer;
 }
 
@@ -116,12 +115,17 @@ enum nbdcow_level nbdcow_overlay_level(struct nbdcow_overlay *ov)
 /* Note the level, and tell user space when it rose. */
 static void level_update(struct nbdcow_overlay *ov)
 {
-	int new = nbdcow_overlay_level(ov);
-	int old = atomic_read(&ov->level);
+	int old, new;
 
-	if (new != old && atomic_cmpxchg(&ov->level, old, new) == old &&
-	    new > old)
-		queue_work(nbdcow_wq, &ov->event_work);
+	do {
+		new = nbdcow_overlay_level(ov);
+		old = atomic_read(&ov->level);
+		if (new == old)
+			return;
+	} while (atomic_cmpxchg(&ov->level, old, new) != old);
+
+	if (new > old)
+		schedule_work(&ov->event_work);
 }
 
 static void event_work(struct work_struct *work)
@@ -135,26 +139,34 @@ static void event_work(struct work_struct *work)
 	mutex_unlock(&ov->mutex);
 }
 
+/* Add one unless that exceeds the limit; never more than that, not even briefly. */
+static bool add_below(atomic_long_t *counter, unsigned long limit)
+{
+	long value = atomic_long_read(counter);
+
+	do {
+		if (value >= limit)
+			return false;
+	} while (!atomic_long_try_cmpxchg(counter, &value, value + 1));
+	return true;
+}
+
 static bool reserve(struct nbdcow_overlay *ov, struct nbdcow_layer *layer)
 {
-	long used = atomic_long_inc_return(&layer->used);
-	long peak = atomic_long_read(&ov->peak);
+	long used, peak;
 
-	if (used > READ_ONCE(ov->limit))
-		goto refuse;
-	if (atomic_long_inc_return(&nbdcow_total_used) >
-	    READ_ONCE(nbdcow_total_limit)) {
+	if (!add_below(&nbdcow_total_used, READ_ONCE(nbdcow_total_limit)))
+		return false;
+	if (!add_below(&layer->used, READ_ONCE(ov->limit))) {
 		atomic_long_dec(&nbdcow_total_used);
-		goto refuse;
+		return false;
 	}
+	used = atomic_long_read(&layer->used);
+	peak = atomic_long_read(&ov->peak);
 	while (used > peak &&
 	       !atomic_long_try_cmpxchg(&ov->peak, &peak, used))
 		;
 	return true;
-
-refuse:
-	atomic_long_dec(&layer->used);
-	return false;
 }
 
 static void unreserve(struct nbdcow_layer *layer, unsigned long blocks)
@@ -163,8 +175,8 @@ static void unreserve(struct nbdcow_layer *layer, unsigned long blocks)
 	atomic_long_sub(blocks, &nbdcow_total_used);
 }
 
-/* A write found no space; say so once a while. */
-static void refused(struct nbdcow_overlay *ov, int error)
+/* A write found no space. */
+static void note_refused(struct nbdcow_overlay *ov, int error)
 {
 	atomic_long_inc(&ov->refused);
 	DMWARN_LIMIT("%s: no space for a new block (error %d)",
@@ -201,14 +213,11 @@ enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 
 /*
  * Get the page of a stored block without any lock, or NULL: not stored, or not
- * in memory.
- *
- * The page comes first and the state second. If a discard had removed the
- * block before the page was found, then the page could be a new installer's,
- * not yet filled; but the discard changed the state before that installer got
- * its lock, so the state read here would no longer be the old OVERLAY.
+ * in memory. The page comes first and the state second; see "Without locks" in
+ * dm-nbdcow-target.c.
  */
-static struct page *find_stored(struct nbdcow_overlay *ov, u64 block)
+static struct page *find_stored(struct nbdcow_overlay *ov, u64 block,
+				bool lock)
 {
 	struct nbdcow_layer *layer;
 	struct page *page;
@@ -217,8 +226,14 @@ static struct page *find_stored(struct nbdcow_overlay *ov, u64 block)
 	rcu_read_lock();
 	layer = rcu_dereference(ov->layer);
 	page = nbdcow_store_find(layer->file, block);
+	if (page && lock && !nbdcow_store_lock(layer->file, page, true)) {
+		put_page(page);
+		page = NULL;
+	}
 	if (page &&
 	    nbdcow_map_run(layer->map, block, 1, &run) != NBDCOW_OVERLAY) {
+		if (lock)
+			unlock_page(page);
 		put_page(page);
 		page = NULL;
 	}
@@ -239,16 +254,17 @@ static bool lock_shard_read(struct rw_semaphore *lock, bool nowait)
  * @ov: the overlay
  * @piece: which bytes; its iterator is advanced on success
  *
- * Context: process context; sleeps only to bring a page back from swap, and
- *	not if the piece says nowait.
+ * Context: process context; sleeps unless the piece says nowait.
  * Return: 0; -ESTALE if the block is not in state OVERLAY any more; -EAGAIN
- *	instead of sleeping; -EIO or -ENOMEM from swapping in.
+ *	instead of sleeping; -EINPROGRESS if it is swapped out and the piece may
+ *	not wait; -EIO or -ENOMEM from swapping in.
  */
 int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
 	struct rw_semaphore *lock = shard(ov, piece->block);
+	struct page *page = find_stored(ov, piece->block, false);
+	struct mem_cgroup *old_memcg;
 	struct nbdcow_layer *layer;
-	struct page *page = find_stored(ov, piece->block);
 	int ret = 0;
 	u64 run;
 
@@ -265,8 +281,10 @@ int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 		ret = -ESTALE;
 		goto out;
 	}
+	old_memcg = set_active_memcg(ov->memcg);
 	page = nbdcow_store_get_locked(layer->file, piece->block, piece->nowait,
-				       true);
+				       piece->may_wait);
+	set_active_memcg(old_memcg);
 	if (IS_ERR(page)) {
 		ret = PTR_ERR(page);
 		goto out;
@@ -279,7 +297,7 @@ out:
 	return ret;
 }
 
-/* Write to a block that is stored and in memory, without any lock. */
+/* Write to a block that is stored and in memory, with nothing but its page locked. */
 static bool rewrite(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
 	struct page *page;
@@ -287,18 +305,12 @@ static bool rewrite(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 
 	if (nbdcow_overlay_state(ov, piece->block, 1, &run) != NBDCOW_OVERLAY)
 		return false;
-	page = find_stored(ov, piece->block);
+	page = find_stored(ov, piece->block, true);
 	if (!page)
 		return false;
 	nbdcow_copy_to_page(piece, page);
-	/*
-	 * Dirty before the reference goes, or reclaim may drop the bytes. And
-	 * the bytes before the look whether it is dirty already, or reclaim may
-	 * clear the flag and write the page without them. Pairs with the
-	 * atomic test and clear in folio_clear_dirty_for_io().
-	 */
-	smp_mb();
 	set_page_dirty(page);
+	unlock_page(page);
 	put_page(page);
 	return true;
 }
@@ -321,52 +333,44 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 static int prepare_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			 u64 block, bool nowait)
 {
-	gfp_t gfp = (nowait ? GFP_NOWAIT : GFP_NOIO) | __GFP_ACCOUNT |
-		    __GFP_NOWARN;
+	gfp_t gfp = nowait ? GFP_NOWAIT : GFP_NOIO | __GFP_RETRY_MAYFAIL;
 
 	if (!reserve(ov, layer))
-		return -EDQUOT;
-	if (nbdcow_map_prepare(layer->map, block, gfp)) {
+		return -ENOSPC;
+	if (nbdcow_map_prepare(layer->map, block,
+			       gfp | __GFP_ACCOUNT | __GFP_NOWARN)) {
 		unreserve(layer, 1);
-		return nowait ? -EAGAIN : -ENOMEM;
+		return -ENOMEM;
 	}
 	return 0;
 }
 
-static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
+/* Install a block that was in @state, or write to it if another was faster. */
+static int install(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+		   struct nbdcow_piece *piece, enum nbdcow_state state)
 {
-	struct nbdcow_layer *layer = layer_of(ov);
-	struct mem_cgroup *old_memcg;
-	enum nbdcow_state state;
+	bool new = state != NBDCOW_OVERLAY;
 	struct page *page;
-	bool new;
-	u64 run;
 	int ret = 0;
+	u64 run;
 
-	lockdep_assert_held_read(shard(ov, piece->block));
-
-	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
-	if (state == NBDCOW_BASE && piece->bytes < NBDCOW_BLOCK_BYTES &&
-	    !piece->base && !piece->base_is_zero)
-		return -ENODATA;
-	new = state != NBDCOW_OVERLAY;
-
-	old_memcg = set_active_memcg(ov->memcg);
 	if (new)
 		ret = prepare_block(ov, layer, piece->block, piece->nowait);
 	if (ret)
-		goto out;
+		return ret;
 
 	page = nbdcow_store_get_locked(layer->file, piece->block, piece->nowait,
-				       !new);
+				       piece->may_wait);
 	if (IS_ERR(page)) {
 		ret = PTR_ERR(page);
-		if (new)
+		if (new) {
 			unreserve(layer, 1);
-		goto out;
+			if (ret == -ENOSPC || (ret == -ENOMEM && piece->may_wait))
+				WRITE_ONCE(ov->store_full, true);
+		}
+		return ret;
 	}
 
-	/* Another installer of this block may have been faster. */
 	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
 	if (new && state == NBDCOW_OVERLAY)
 		unreserve(layer, 1);
@@ -375,9 +379,51 @@ static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece
 	put_page(page);
 	if (new && unlikely(READ_ONCE(ov->store_full)))
 		WRITE_ONCE(ov->store_full, false);
-out:
+	return 0;
+}
+
+static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
+{
+	struct nbdcow_layer *layer = layer_of(ov);
+	struct mem_cgroup *old_memcg;
+	enum nbdcow_state state;
+	bool zero;
+	u64 run;
+	int ret;
+
+	lockdep_assert_held_read(shard(ov, piece->block));
+
+	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
+	zero = state == NBDCOW_ZERO ||
+	       (state == NBDCOW_BASE && piece->base_is_zero);
+	if (zero && bio_op(piece->bio) == REQ_OP_WRITE_ZEROES) {
+		bio_advance_iter(piece->bio, &piece->iter, piece->bytes);
+		return 0;
+	}
+	if (state == NBDCOW_BASE && piece->bytes < NBDCOW_BLOCK_BYTES &&
+	    !piece->base && !zero)
+		return -ENODATA;
+
+	old_memcg = set_active_memcg(ov->memcg);
+	ret = install(ov, layer, piece, state);
 	set_active_memcg(old_memcg);
 	return ret;
+}
+
+/*
+ * A new block was refused. If another write was installing the same block, then
+ * its reservation may have been the one in the way, and none was needed.
+ */
+static bool installed_meanwhile(struct nbdcow_overlay *ov, u64 block)
+{
+	struct rw_semaphore *lock = shard(ov, block);
+	enum nbdcow_state state;
+	u64 run;
+
+	down_write(lock);	/* no installer is on its way */
+	state = nbdcow_map_run(layer_of(ov)->map, block, 1, &run);
+	up_write(lock);
+	return state == NBDCOW_OVERLAY;
 }
 
 /**
@@ -390,37 +436,56 @@ out:
  * Context: process context; sleeps unless the piece says nowait; GFP_NOIO.
  * Return: 0; -ENODATA if the block is in state BASE, the piece covers only a
  *	part of it and does not bring the base's content; -ENOSPC over a limit;
- *	-ENOMEM; -EIO from swap; -EAGAIN instead of sleeping.
+ *	-ENOMEM; -EIO from swap; -EAGAIN instead of sleeping; -EINPROGRESS
+ *	instead of waiting for swap or memory if the piece may not wait.
  */
 int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
 	struct rw_semaphore *lock = shard(ov, piece->block);
-	unsigned int tries = READ_ONCE(ov->store_full) ? 1 : NBDCOW_NOMEM_TRIES;
 	int ret;
 
-	if (rewrite(ov, piece))
-		return 0;
-
-	for (;;) {
+	do {
+		if (rewrite(ov, piece))
+			return 0;
 		if (!lock_shard_read(lock, piece->nowait))
 			return -EAGAIN;
 		ret = __overlay_write(ov, piece);
 		up_read(lock);
-		if (ret != -ENOMEM || --tries == 0)
-			break;
+		if (piece->nowait && (ret == -ENOSPC || ret == -ENOMEM))
+			return -EAGAIN;	/* a closer look may sleep */
+	} while (ret == -ENOSPC && installed_meanwhile(ov, piece->block));
+
+	if (!ret)
+		level_update(ov);
+	else if (ret == -ENOSPC)
+		note_refused(ov, ret);
+	else if (ret == -ENOMEM && !piece->may_wait)
+		ret = -EINPROGRESS;
+	return ret;
+}
+
+/**
+ * nbdcow_overlay_write_wait() - the same, and wait for memory for a while
+ * @ov: the overlay
+ * @piece: which bytes; its iterator is advanced on success
+ *
+ * Context: process context, not in map(); sleeps, also for swap I/O.
+ * Return: as nbdcow_overlay_write(), without -EAGAIN and -EINPROGRESS.
+ */
+int nbdcow_overlay_write_wait(struct nbdcow_overlay *ov,
+			      struct nbdcow_piece *piece)
+{
+	unsigned int tries = NBDCOW_NOMEM_TRIES;
+	int ret;
+
+	piece->nowait = false;
+	piece->may_wait = true;
+	while ((ret = nbdcow_overlay_write(ov, piece)) == -ENOMEM && --tries) {
 		/* kswapd can do what GFP_NOIO cannot: swap out. */
 		schedule_timeout_uninterruptible(NBDCOW_NOMEM_WAIT);
 	}
-
-	if (!ret) {
-		level_update(ov);
-	} else if (ret == -EDQUOT) {
-		ret = -ENOSPC;
-		refused(ov, ret);
-	} else if (ret == -ENOSPC || ret == -ENOMEM) {
-		WRITE_ONCE(ov->store_full, true);
-		refused(ov, ret);
-	}
+	if (ret == -ENOMEM)
+		note_refused(ov, ret);
 	return ret;
 }
 
@@ -442,7 +507,8 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 	} else {
 		/* Must work in a full memory cgroup too: it frees memory. */
 		old_memcg = set_active_memcg(ov->memcg);
-		ret = nbdcow_map_prepare(layer->map, block, GFP_NOIO |
+		ret = nbdcow_map_prepare(layer->map, block,
+					 GFP_NOIO | __GFP_RETRY_MAYFAIL |
 					 __GFP_ACCOUNT | __GFP_NOWARN);
 		set_active_memcg(old_memcg);
 		if (ret)
@@ -466,21 +532,16 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
  * @ov: the overlay
  * @block: first block
  * @count: number of blocks
- * @nowait: do not sleep
  *
  * Works when the overlay is full.
  *
- * Context: process context; sleeps.
- * Return: 0; -EAGAIN instead of sleeping; -ENOMEM when not even a leaf of the
- *	map can be had, with the blocks of that leaf as before.
+ * Context: process context, not in map(); sleeps.
+ * Return: 0; -ENOMEM when not even a leaf of the map can be had, with the
+ *	blocks of that leaf as before.
  */
-int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count,
-			bool nowait)
+int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 {
 	int ret = 0;
-
-	if (nowait)
-		return -EAGAIN;
 
 	while (count && !ret) {
 		unsigned long n = nbdcow_leaf_span(block, count);
@@ -505,8 +566,8 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count,
  * nbdcow_overlay_reset() - drop the whole overlay: every block reads the base
  * @ov: the overlay
  *
- * Atomic for whoever reads or writes meanwhile. The memory is back when it
- * returns.
+ * Each block that is read or written meanwhile is seen either as it was or
+ * reset. The memory is back when this returns.
  *
  * Context: process context, sleeps.
  * Return: 0 or -errno with the overlay as before.
@@ -515,16 +576,18 @@ int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 {
 	struct nbdcow_layer *old, *new;
 	struct mem_cgroup *old_memcg;
-	char *error;
+	unsigned int noio;
 
 	mutex_lock(&ov->mutex);
 	old = layer_of(ov);
 	old_memcg = set_active_memcg(ov->memcg);
-	new = layer_create(old->map->nr_blocks, ov->tmpfs_dir, &error);
+	/* A suspend may be waiting for this message while I/O waits for it. */
+	noio = memalloc_noio_save();
+	new = layer_create(old->map->nr_blocks, nbdcow_store_another(old->file));
+	memalloc_noio_restore(noio);
 	set_active_memcg(old_memcg);
 	if (IS_ERR(new)) {
 		mutex_unlock(&ov->mutex);
-		DMERR("%s: reset failed: %s", dm_device_name(ov->md), error);
 		return PTR_ERR(new);
 	}
 	lock_all_shards(ov);
@@ -599,6 +662,7 @@ void nbdcow_overlay_set_event(struct nbdcow_overlay *ov, struct dm_target *ti,
 	mutex_unlock(&ov->mutex);
 }
 
+/* Copes with half-built ones. */
 static void overlay_free(struct nbdcow_overlay *ov)
 {
 	cancel_work_sync(&ov->event_work);
@@ -624,31 +688,35 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	kref_init(&ov->kref);
 	INIT_WORK(&ov->event_work, event_work);
 	ov->limit = NBDCOW_NO_LIMIT;
+	ov->memcg = get_mem_cgroup_from_mm(current->mm);
 	if (tmpfs_dir) {
 		ov->tmpfs_dir = kstrdup(tmpfs_dir, GFP_KERNEL_ACCOUNT);
 		if (!ov->tmpfs_dir) {
-			kfree(ov);
+			overlay_free(ov);
 			return ERR_PTR(-ENOMEM);
 		}
 	}
-	layer = layer_create(nr_blocks, tmpfs_dir, error);
+	layer = layer_create(nr_blocks, nbdcow_store_create(tmpfs_dir, error));
 	if (IS_ERR(layer)) {
-		kfree(ov->tmpfs_dir);
-		kfree(ov);
+		overlay_free(ov);
 		return ERR_CAST(layer);
 	}
 	rcu_assign_pointer(ov->layer, layer);
-	ov->memcg = get_mem_cgroup_from_mm(current->mm);
 	return ov;
 }
 
-/* Can a table of @nr_blocks with @tmpfs_dir take this live overlay over? */
+/* Can a table of @nr_blocks take this live overlay over? */
 static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
-			 const char *tmpfs_dir, char **error)
+			 struct block_device *base, const char *tmpfs_dir,
+			 char **error)
 {
 	u64 old_blocks;
 	bool fits = true;
 
+	if (bdev_nr_sectors(base) < ov->base_sectors) {
+		*error = "The base device is smaller than the overlay's base was";
+		return -EINVAL;
+	}
 	if (!!tmpfs_dir != !!ov->tmpfs_dir ||
 	    (tmpfs_dir && strcmp(tmpfs_dir, ov->tmpfs_dir))) {
 		*error = "tmpfs cannot change while the overlay lives";
@@ -659,8 +727,8 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 	old_blocks = layer_of(ov)->map->nr_blocks;
 	if (nr_blocks < old_blocks) {
 		rcu_read_lock();
-		fits = nbdcow_map_is_uniform(rcu_dereference(ov->layer)->map,
-					     nr_blocks, old_blocks - nr_blocks,
+		fits = nbdcow_map_is_uniform(layer_of(ov)->map, nr_blocks,
+					     old_blocks - nr_blocks,
 					     NBDCOW_BASE);
 		rcu_read_unlock();
 	}
@@ -679,7 +747,8 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 
 /**
  * nbdcow_overlay_get() - the overlay of a target: the device's, or a new one
- * @ti: the target; its mapped device and start are the overlay's key
+ * @ti: the target; its mapped device is the overlay's key
+ * @base: the base device
  * @tmpfs_dir: where to store blocks, or NULL for the kernel's own tmpfs
  * @error: set to a message when it fails
  *
@@ -687,6 +756,7 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
  * Return: a referenced overlay or an ERR_PTR.
  */
 struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
+					  struct block_device *base,
 					  const char *tmpfs_dir, char **error)
 {
 	u64 nr_blocks = DIV_ROUND_UP_ULL(ti->len, NBDCOW_BLOCK_SECTORS);
@@ -696,9 +766,9 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 
 	mutex_lock(&overlays_mutex);
 	list_for_each_entry(ov, &overlays, list) {
-		if (ov->md != md || ov->begin != ti->begin)
+		if (ov->md != md)
 			continue;
-		ret = overlay_adopt(ov, nr_blocks, tmpfs_dir, error);
+		ret = overlay_adopt(ov, nr_blocks, base, tmpfs_dir, error);
 		if (ret)
 			ov = ERR_PTR(ret);
 		else
@@ -709,7 +779,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	ov = overlay_create(nr_blocks, tmpfs_dir, error);
 	if (!IS_ERR(ov)) {
 		ov->md = md;
-		ov->begin = ti->begin;
+		ov->base_sectors = bdev_nr_sectors(base);
 		list_add(&ov->list, &overlays);
 	}
 out:

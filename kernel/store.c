@@ -15,7 +15,7 @@
 #include "nbdcow.h"
 
 /* Holes cost nothing, so the file is as large as any device may become. */
-#define NBDCOW_STORE_BYTES	(MAX_LFS_FILESIZE & PAGE_MASK)
+#define NBDCOW_STORE_BYTES	round_down(MAX_LFS_FILESIZE, (loff_t)PAGE_SIZE)
 
 static pgoff_t block_index(u64 block)
 {
@@ -70,6 +70,20 @@ struct file *nbdcow_store_create(const char *dir, char **error)
 }
 
 /**
+ * nbdcow_store_another() - make an empty file on the same mount
+ * @file: the file whose mount to use
+ *
+ * Context: process context, may sleep.
+ * Return: the file or an ERR_PTR.
+ */
+struct file *nbdcow_store_another(struct file *file)
+{
+	return shmem_file_setup_with_mnt(file->f_path.mnt, "dm-nbdcow",
+					 NBDCOW_STORE_BYTES,
+					 mk_vma_flags(VMA_NORESERVE_BIT));
+}
+
+/**
  * nbdcow_store_destroy() - give all pages back at once, then drop the file
  * @file: the file, or NULL
  *
@@ -88,9 +102,9 @@ void nbdcow_store_destroy(struct file *file)
  * @file: the file
  * @block: the block
  *
- * The page may already have been removed from the file, or be about to be
- * filled: the caller looks at the block's state after this call. Taking the
- * reference is a fully ordered atomic, so that look cannot come too early.
+ * The page may have been removed from the file by the time this returns, so
+ * the caller looks at the block's state afterwards. Taking the reference is a
+ * fully ordered atomic: that look cannot come too early.
  *
  * Context: any; @file is kept alive by RCU or a lock.
  * Return: the page with a reference, or NULL.
@@ -104,11 +118,42 @@ struct page *nbdcow_store_find(struct file *file, u64 block)
 	if (IS_ERR(folio))
 		return NULL;
 	page = folio_file_page(folio, index);
-	if (unlikely(PageHWPoison(page))) {
-		folio_put(folio);
-		return NULL;	/* nbdcow_store_get_locked() says -EIO */
-	}
-	return page;
+	/* A page that is being migrated to is there before its content. */
+	if (likely(folio_test_uptodate(folio) && !PageHWPoison(page)))
+		return page;
+	folio_put(folio);
+	return NULL;	/* nbdcow_store_get_locked() will wait, or say -EIO */
+}
+
+/**
+ * nbdcow_store_lock() - lock a page and make sure that it is still the file's
+ * @file: the file
+ * @page: a page that nbdcow_store_find() returned
+ * @nowait: only try
+ *
+ * A locked page is neither reclaimed, migrated nor removed.
+ *
+ * Context: process context, sleeps unless @nowait, but not for I/O.
+ * Return: true if locked; else the caller drops its reference and looks again.
+ */
+bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait)
+{
+	if (!nowait)
+		lock_page(page);
+	else if (!trylock_page(page))
+		return false;
+	if (likely(page_folio(page)->mapping == file->f_mapping &&
+		   PageUptodate(page)))
+		return true;
+	unlock_page(page);
+	return false;
+}
+
+/* Swap I/O is needed to get at this block. */
+static bool swapped_out(struct file *file, u64 block)
+{
+	return xa_is_value(xa_load(&file->f_mapping->i_pages,
+				   block_index(block)));
 }
 
 /**
@@ -116,7 +161,8 @@ struct page *nbdcow_store_find(struct file *file, u64 block)
  * @file: the file
  * @block: the block
  * @nowait: do not sleep; -EAGAIN where that would be needed
- * @exists: the block is stored, so that a missing page is on swap
+ * @may_wait: swap I/O may be waited for. Not in map(), where it would wait for
+ *	a bio that is only queued until map() returns.
  *
  * A new page is zeroed and not yet dirty. The memory comes from whoever is the
  * active memory cgroup; running out of it is an error, never the OOM killer's
@@ -124,49 +170,38 @@ struct page *nbdcow_store_find(struct file *file, u64 block)
  *
  * Context: under the block's shard lock, so that nobody removes the page.
  *	Sleeps unless @nowait; GFP_NOIO.
- * Return: the page, locked and with a reference, or -ENOSPC, -ENOMEM, -EIO
- *	(a block lost by a broken swap device) or -EAGAIN as an ERR_PTR.
+ * Return: the page, locked and with a reference, or as an ERR_PTR -ENOSPC,
+ *	-ENOMEM, -EIO (a broken swap device or memory cell), -EAGAIN, or
+ *	-EINPROGRESS for a block that is swapped out when not @may_wait.
  */
 struct page *nbdcow_store_get_locked(struct file *file, u64 block, bool nowait,
-				     bool exists)
+				     bool may_wait)
 {
 	struct address_space *mapping = file->f_mapping;
-	gfp_t gfp = GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	gfp_t gfp = nowait ? GFP_NOWAIT : GFP_NOIO | __GFP_RETRY_MAYFAIL;
 	struct page *page;
 	unsigned int noio;
 
-	if (nowait)
-		gfp = GFP_NOWAIT;
 	gfp |= (mapping_gfp_mask(mapping) & (__GFP_HIGHMEM | __GFP_MOVABLE)) |
 	       __GFP_NOMEMALLOC | __GFP_NOWARN;
 
 	for (;;) {
 		page = nbdcow_store_find(file, block);
 		if (!page) {
-			if (nowait && exists)
-				return ERR_PTR(-EAGAIN);
+			if (!may_wait && swapped_out(file, block))
+				return ERR_PTR(-EINPROGRESS);
 			noio = memalloc_noio_save();
 			page = shmem_read_mapping_page_gfp(mapping,
 							   block_index(block), gfp);
 			memalloc_noio_restore(noio);
-			if (IS_ERR(page)) {
-				if (nowait && PTR_ERR(page) == -ENOMEM)
-					return ERR_PTR(-EAGAIN);
+			if (IS_ERR(page))
 				return page;
-			}
 		}
-		if (!nowait) {
-			lock_page(page);
-		} else if (!trylock_page(page)) {
-			put_page(page);
-			return ERR_PTR(-EAGAIN);
-		}
-		/* Reclaim may have moved it to the swap cache meanwhile. */
-		if (likely(page_folio(page)->mapping == mapping &&
-			   PageUptodate(page)))
+		if (nbdcow_store_lock(file, page, nowait))
 			return page;
-		unlock_page(page);
 		put_page(page);
+		if (nowait)
+			return ERR_PTR(-EAGAIN);
 	}
 }
 
