@@ -65,7 +65,9 @@ static void emit_path(const char *path, char *result, unsigned int maxlen,
 	unsigned int sz = *size;
 
 	for (; *path; path++) {
-		if (isgraph(*path) && *path != '\\' && *path != '%')
+		/* The kernel's isgraph() knows Latin-1; this is ASCII. */
+		if (isascii(*path) && isgraph(*path) && *path != '\\' &&
+		    *path != '%')
 			DMEMIT("%c", *path);
 		else
 			DMEMIT("%%%02X", (u8)*path);
