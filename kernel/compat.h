@@ -18,6 +18,11 @@
 #define mk_vma_flags(flag)	(flag)
 #endif
 
+/* hex2bin() moved from kernel.h to a header of its own. */
+#if __has_include(<linux/hex.h>)
+#include <linux/hex.h>
+#endif
+
 /* 6.5: block devices are opened with blk_mode_t. */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 5, 0)
 #define BLK_OPEN_READ		FMODE_READ
