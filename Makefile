@@ -140,14 +140,15 @@ uninstall:
 # Try and check
 #
 
-packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev python3-docutils \
-	libelf-dev dwarves sparse shellcheck perl xz-utils zstd debian-archive-keyring \
-	qemu-system-x86 qemu-utils busybox-static \
-	nbdkit nbd-client nbd-server libnbd-bin dmsetup fio jq e2fsprogs xfsprogs gdisk kpartx \
-	debootstrap
+packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libelf-dev xz-utils \
+	zstd debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
+	libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
+check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
+	xfsprogs
 
-.PHONY: deps
-deps:
+.PHONY: deps demo-deps
+deps: packages += $(check_packages)
+deps demo-deps:
 	$(Q)missing=; for package in $(packages); do \
 		[ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || \
 			missing="$$missing $$package"; \
@@ -163,7 +164,7 @@ deps:
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
 .PHONY: demo check
-demo: deps
+demo: demo-deps
 	$(Q)demo/run
 check: deps
 	$(Q)tests/run-tests
