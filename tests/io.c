@@ -1,0 +1,1002 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * io - plays a list of reads, writes and discards on a block device and checks
+ * every byte of them
+ *
+ * See usage() for the commands. Anything that goes otherwise than the list
+ * says is told in a line that begins with '#', and the exit status is 1.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/aio_abi.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <dirent.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "dmctl.h"
+#include "stamp.h"
+
+#define BLOCK 4096
+#define CHUNK (1 << 20)		/* bytes of one request of a long command */
+#define BIGGEST (4 << 20)	/* bytes of the longest request there is */
+#define WORDS 12		/* words of a command */
+#define JOBS 320		/* commands in the background */
+#define DEADLINE 30		/* seconds to wait for a condition */
+
+static const char *path;
+static int fd;
+static bool buffered;
+static uint64_t bytes;		/* size of the device */
+static unsigned int unit;	/* bytes of a logical block of it */
+
+/* What each sector should hold, by tag; NULL until the model command. */
+static uint32_t *model;
+
+/* One command in the background. */
+static struct job {
+	pthread_t thread;
+	char *text;
+	volatile bool done;
+} jobs[JOBS];
+static unsigned int nr_jobs;
+
+/* One request that the kernel has. */
+static struct request {
+	struct iocb iocb;
+	char *text;
+	char *buf;
+	int want;		/* how it should end: 0 or -errno */
+	bool done;
+} requests[JOBS];
+static unsigned int nr_requests;
+static aio_context_t aio;
+
+static void usage(void)
+{
+	puts("usage: io [-b] DEVICE COMMAND...\n"
+	     "Each command is one argument; -b goes through the page cache.\n"
+	     "OFFSET and LENGTH are bytes, or end in s (sectors), k, M, G or T; LENGTH may be `end`.\n"
+	     "TAG is `.` for what a base holds, `0` for zeroes, `?` for anything, or a letter.\n"
+	     "\n"
+	     "write OFFSET LENGTH TAG       check OFFSET LENGTH TAG\n"
+	     "is OFFSET TAGS                one tag a sector, e.g. `is 4k .AA.....`\n"
+	     "discard | zeroout | punch | zerorange OFFSET LENGTH\n"
+	     "flush                         fsync; drop: also drop the page cache\n"
+	     "fua OFFSET LENGTH TAG         a write with RWF_DSYNC\n"
+	     "nowait write|check ...        with RWF_NOWAIT\n"
+	     "fails ERRNO COMMAND           the command must fail that way\n"
+	     "submit [nowait] write ...     leaves the request to the kernel; `reap` waits\n"
+	     "                              for all of them; may follow `fails ERRNO`\n"
+	     "bg COMMAND                    runs it in a thread; `join` waits for all\n"
+	     "pending N                     N requests and threads have not ended\n"
+	     "left N                        waits until only N of them have not ended\n"
+	     "asleep FUNCTION               waits until a thread sleeps there in the kernel\n"
+	     "load NAME SECTORS TARGET ...  loads a table for a device-mapper device\n"
+	     "suspend NAME | resume NAME    resume takes the new table, if there is one\n"
+	     "message NAME ...              sends it a message\n"
+	     "status NAME FIELD=VALUE...    fields of an overlay's status\n"
+	     "inflight DEVICE N             waits until DEVICE has N requests in flight\n"
+	     "held NAME N                   waits until the dm-delay device holds N reads\n"
+	     "run PROGRAM [ARG...]          must exit with 0\n"
+	     "reject N NAME SECTORS ...     loads a table that is no good, N times\n"
+	     "timed N COMMAND               N times; prints the shortest in microseconds\n"
+	     "size N                        the device has N bytes\n"
+	     "sum                           prints a checksum of the device\n"
+	     "\n"
+	     "model N                       from now on the commands keep a model of the\n"
+	     "                              device; its first N bytes are as in the base\n"
+	     "sweep                         writes and reads of every alignment over every\n"
+	     "                              mixture of three blocks; wants 97,200 KiB\n"
+	     "random SEED N                 N random reads, writes, discards and zeroings\n"
+	     "verify                        compares the whole device with the model");
+}
+
+static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt, ...)
+{
+	va_list args;
+
+	flockfile(stdout);
+	printf("# %s: ", path);
+	va_start(args, fmt);
+	vprintf(fmt, args);
+	va_end(args);
+	putchar('\n');
+	fflush(stdout);
+	_exit(1);
+}
+
+static uint64_t now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000ULL + ts.tv_nsec / 1000000;
+}
+
+static void nap(void)
+{
+	struct timespec ts = { .tv_nsec = 1000000 };
+
+	nanosleep(&ts, NULL);
+}
+
+static void *get_buffer(size_t len)
+{
+	void *buf;
+
+	if (posix_memalign(&buf, BLOCK, len))
+		die("out of memory");
+	return buf;
+}
+
+static uint64_t parse_bytes(const char *text, uint64_t offset)
+{
+	static const char suffixes[] = "skMGT";
+	static const unsigned int shifts[] = { 9, 10, 20, 30, 40 };
+	const char *at;
+	char *end;
+	uint64_t n;
+
+	if (!strcmp(text, "end"))
+		return bytes - offset;
+	n = strtoull(text, &end, 0);
+	if (end == text)
+		die("%s is no number", text);
+	if (!*end)
+		return n;
+	at = strchr(suffixes, *end);
+	if (!at || end[1])
+		die("%s is no number", text);
+	return n << shifts[at - suffixes];
+}
+
+static uint32_t parse_tag(char c)
+{
+	if (c == '.')
+		return TAG_BASE;
+	if (c == '0')
+		return TAG_ZERO;
+	if (c == '?')
+		return STAMP_UNKNOWN;
+	if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z'))
+		return TAG_FIRST + c;
+	die("%c is no tag", c);
+}
+
+static int parse_errno(const char *name)
+{
+	static const struct {
+		const char *name;
+		int value;
+	} errors[] = {
+		{ "EAGAIN", EAGAIN }, { "EINVAL", EINVAL }, { "EIO", EIO },
+		{ "ENOSPC", ENOSPC }, { "ENOMEM", ENOMEM }, { "EOPNOTSUPP", EOPNOTSUPP },
+	};
+	unsigned int i;
+
+	for (i = 0; i < sizeof(errors) / sizeof(errors[0]); i++)
+		if (!strcmp(errors[i].name, name))
+			return errors[i].value;
+	die("unknown error %s", name);
+}
+
+/*
+ * Reads or writes the whole of a vector. @flags are those of preadv2.
+ * Returns: 0, or -errno of the first error.
+ */
+static int transfer(bool is_write, struct iovec *iov, int count, uint64_t offset, int flags)
+{
+	while (count) {
+		ssize_t n = is_write ? pwritev2(fd, iov, count, offset, flags) :
+				       preadv2(fd, iov, count, offset, flags);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (!n)
+			die("end of the device at %" PRIu64, offset);
+		offset += n;
+		while (count && (size_t)n >= iov->iov_len) {
+			n -= iov->iov_len;
+			iov++;
+			count--;
+		}
+		if (n) {
+			iov->iov_base = (char *)iov->iov_base + n;
+			iov->iov_len -= n;
+		}
+	}
+	return 0;
+}
+
+/* The tag that sector number @i of a command ought to have, or STAMP_UNKNOWN for any. */
+typedef uint32_t (*tag_fn)(uint64_t sector, uint64_t i, const void *arg);
+
+static uint32_t tag_one(uint64_t sector, uint64_t i, const void *arg)
+{
+	(void)sector;
+	(void)i;
+	return *(const uint32_t *)arg;
+}
+
+static uint32_t tag_string(uint64_t sector, uint64_t i, const void *arg)
+{
+	(void)sector;
+	return parse_tag(((const char *)arg)[i]);
+}
+
+static uint32_t tag_model(uint64_t sector, uint64_t i, const void *arg)
+{
+	(void)i;
+	(void)arg;
+	return model[sector];
+}
+
+static void compare(const char *buf, uint64_t offset, uint64_t len, uint64_t done,
+		    tag_fn tag, const void *arg, const char *what)
+{
+	uint64_t i;
+
+	for (i = 0; i < len / SECTOR; i++) {
+		uint64_t sector = offset / SECTOR + i;
+		uint32_t want = tag(sector, done / SECTOR + i, arg);
+
+		if (want == STAMP_UNKNOWN || stamp_tag(buf + i * SECTOR, sector) == want)
+			continue;
+		flockfile(stdout);
+		printf("# %s: %s: sector %" PRIu64 " (block %" PRIu64 ") should have tag %u but has ",
+		       path, what, sector, sector / SECTORS_PER_BLOCK, want);
+		stamp_print(stdout, buf + i * SECTOR, sector);
+		putchar('\n');
+		fflush(stdout);
+		_exit(1);
+	}
+}
+
+static int do_check(uint64_t offset, uint64_t len, tag_fn tag, const void *arg, int flags,
+		    const char *what)
+{
+	uint64_t done = 0, n;
+	char *buf = get_buffer(CHUNK);
+	int ret = 0;
+
+	while (done < len && !ret) {
+		n = len - done < CHUNK ? len - done : CHUNK;
+		/* what was in the buffer must not look right */
+		memset(buf, 0x5a, n);
+		ret = transfer(false, &(struct iovec){ buf, n }, 1, offset + done, flags);
+		if (!ret)
+			compare(buf, offset + done, n, done, tag, arg, what);
+		done += n;
+	}
+	free(buf);
+	return ret;
+}
+
+static void model_set(uint64_t offset, uint64_t len, uint32_t tag)
+{
+	uint64_t i;
+
+	if (model)
+		for (i = offset / SECTOR; i < (offset + len) / SECTOR; i++)
+			model[i] = tag;
+}
+
+static int do_write(uint64_t offset, uint64_t len, uint32_t tag, int flags)
+{
+	uint64_t done = 0, n;
+	char *buf = get_buffer(CHUNK);
+	int ret = 0;
+
+	while (done < len && !ret) {
+		n = len - done < CHUNK ? len - done : CHUNK;
+		stamp_range(buf, (offset + done) / SECTOR, n / SECTOR, tag);
+		ret = transfer(true, &(struct iovec){ buf, n }, 1, offset + done, flags);
+		if (!ret)
+			model_set(offset + done, n, tag);
+		done += n;
+	}
+	free(buf);
+	return ret;
+}
+
+static int do_flush(bool drop)
+{
+	if (fsync(fd) || (drop && ioctl(fd, BLKFLSBUF)))
+		return -errno;
+	return 0;
+}
+
+/*
+ * A block that the end of the device cuts was discarded up to there: that may
+ * have cleared it as a whole, or done nothing.
+ */
+static void model_discarded_end(void)
+{
+	uint64_t offset = bytes / BLOCK * BLOCK;
+	char *buf = get_buffer(BLOCK);
+
+	if (transfer(false, &(struct iovec){ buf, bytes - offset }, 1, offset, 0))
+		die("cannot read the end");
+	if (stamp_tag(buf, offset / SECTOR) == TAG_ZERO)
+		model_set(offset, bytes - offset, TAG_ZERO);
+	compare(buf, offset, bytes - offset, 0, tag_model, NULL, "end after a discard");
+	free(buf);
+}
+
+static int clear_once(const char *how, uint64_t *range)
+{
+	int ret;
+
+	if (!strcmp(how, "discard"))
+		ret = ioctl(fd, BLKDISCARD, range);
+	else if (!strcmp(how, "zeroout"))
+		ret = ioctl(fd, BLKZEROOUT, range);
+	else if (!strcmp(how, "punch"))
+		ret = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, range[0], range[1]);
+	else
+		ret = fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, range[0], range[1]);
+	return ret ? -errno : 0;
+}
+
+/*
+ * Discards, zeroes and so on, by the name of the command. The kernel zeroes
+ * the edges of cached pages at a discard, though the device keeps the partial
+ * blocks there: look past the cache from then on.
+ */
+static int do_clear(const char *how, uint64_t offset, uint64_t len)
+{
+	uint64_t range[2] = { offset, len };
+	uint64_t first = offset, last = offset + len;
+	unsigned int retries = 1000;
+	int ret;
+
+	if (buffered) {
+		ret = do_flush(false);
+		if (ret)
+			return ret;
+	}
+	do {
+		ret = clear_once(how, range);
+		/* so the kernel says while a table is being exchanged */
+	} while (ret == -EOPNOTSUPP && --retries && (nap(), true));
+	if (ret)
+		return ret;
+	if (buffered) {
+		ret = do_flush(true);
+		if (ret)
+			return ret;
+	}
+	if (!model)
+		return 0;
+	if (!strcmp(how, "discard")) {
+		first = (offset + BLOCK - 1) / BLOCK * BLOCK;
+		if (last == bytes && last % BLOCK)
+			model_discarded_end();
+		last = last / BLOCK * BLOCK;
+	}
+	if (first < last)
+		model_set(first, last - first, TAG_ZERO);
+	return 0;
+}
+
+static void do_inflight(const char *device, unsigned int want)
+{
+	uint64_t end = now_ms() + DEADLINE * 1000;
+	unsigned int reads = 0, writes = 0;
+	char name[64];
+	struct stat st;
+
+	if (stat(device, &st) || !S_ISBLK(st.st_mode))
+		die("%s is no block device", device);
+	snprintf(name, sizeof(name), "/sys/dev/block/%u:%u/inflight", major(st.st_rdev),
+		 minor(st.st_rdev));
+	for (;;) {
+		FILE *f = fopen(name, "r");
+
+		if (!f || fscanf(f, "%u %u", &reads, &writes) != 2)
+			die("cannot read %s", name);
+		fclose(f);
+		if (reads + writes == want)
+			return;
+		if (now_ms() > end)
+			die("%s has %u requests in flight after %u s, not %u", device,
+			    reads + writes, DEADLINE, want);
+		nap();
+	}
+}
+
+/* Waits until the dm-delay device @name holds @want reads back. */
+static void do_held(const char *name, unsigned int want)
+{
+	uint64_t end = now_ms() + DEADLINE * 1000;
+	struct dm_call call;
+	unsigned int held;
+
+	for (;;) {
+		if (dm_status(name, &call) || sscanf(call.table.params, "%u", &held) != 1)
+			die("%s has no status", name);
+		if (held == want)
+			return;
+		if (now_ms() > end)
+			die("%s holds %u reads after %u s, not %u", name, held, DEADLINE, want);
+		nap();
+	}
+}
+
+static void do_run(char **argv)
+{
+	int status;
+	pid_t pid = fork();
+
+	if (pid < 0)
+		die("fork: %s", strerror(errno));
+	if (!pid) {
+		execvp(argv[0], argv);
+		_exit(127);
+	}
+	while (waitpid(pid, &status, 0) < 0)
+		if (errno != EINTR)
+			die("waitpid: %s", strerror(errno));
+	if (status)
+		die("%s %s ended with status %d", argv[0], argv[1] ? argv[1] : "", status);
+}
+
+/* The words from the one at @words on, with blanks between. */
+static void join_words(char *text, size_t size, char **words)
+{
+	size_t n = 0;
+
+	text[0] = '\0';
+	for (; *words && n < size; words++)
+		n += snprintf(text + n, size - n, "%s%s", n ? " " : "", *words);
+}
+
+static int do_load(char **words)
+{
+	char params[1024];
+
+	join_words(params, sizeof(params), words + 3);
+	return dm_load(words[0], parse_bytes(words[1], 0), words[2], params);
+}
+
+static void do_reject(unsigned int count, char **words)
+{
+	while (count--)
+		if (do_load(words) != -EINVAL)
+			die("'%s' was not rejected", words[3] ? words[3] : "");
+}
+
+static int do_message(char **words)
+{
+	char text[1024];
+
+	join_words(text, sizeof(text), words + 1);
+	return dm_message(words[0], text);
+}
+
+/* Each of @words but the first is FIELD=VALUE. */
+static int do_status(char **words)
+{
+	static const char *const names[] = {
+		"health", "used", "limit", "peak", "zeroed", "metadata", "refused", "errors",
+	};
+	struct dm_call call;
+	unsigned int i;
+	int ret = dm_status(words[0], &call);
+
+	if (ret)
+		return ret;
+	for (words++; *words; words++) {
+		const char *at = call.table.params;
+		size_t len = strcspn(*words, "="), n;
+
+		for (i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+			if (!strncmp(names[i], *words, len) && !names[i][len])
+				break;
+			at += strcspn(at, " /");
+			at += strspn(at, " /");
+		}
+		if (i == sizeof(names) / sizeof(names[0]) || !(*words)[len])
+			die("the status has no field %s", *words);
+		n = strcspn(at, " /");
+		if (strlen(*words + len + 1) != n || strncmp(at, *words + len + 1, n))
+			die("expected %s in the status, %s", *words, call.table.params);
+	}
+	return 0;
+}
+
+static int command(char *text);
+
+static void do_timed(unsigned int count, char **words)
+{
+	uint64_t best = UINT64_MAX, took;
+	struct timespec from, to;
+	char text[1024];
+
+	while (count--) {
+		join_words(text, sizeof(text), words);
+		clock_gettime(CLOCK_MONOTONIC, &from);
+		command(text);
+		clock_gettime(CLOCK_MONOTONIC, &to);
+		took = (to.tv_sec - from.tv_sec) * 1000000ULL + to.tv_nsec / 1000 -
+		       from.tv_nsec / 1000;
+		if (took < best)
+			best = took;
+	}
+	printf("%" PRIu64 "\n", best);
+}
+
+static void do_sum(void)
+{
+	uint64_t offset, n, i, sum = 0;
+	uint64_t *buf = get_buffer(CHUNK);
+	int ret;
+
+	for (offset = 0; offset < bytes; offset += n) {
+		n = bytes - offset < CHUNK ? bytes - offset : CHUNK;
+		ret = transfer(false, &(struct iovec){ buf, n }, 1, offset, 0);
+		if (ret)
+			die("reading at %" PRIu64 ": %s", offset, strerror(-ret));
+		for (i = 0; i < n / sizeof(*buf); i++)
+			sum = (sum << 7 | sum >> 57) * 0x9e3779b97f4a7c15ULL + buf[i];
+	}
+	printf("%016" PRIx64 "\n", sum);
+	free(buf);
+}
+
+static void do_model(uint64_t base_bytes)
+{
+	free(model);
+	model = calloc(bytes / SECTOR, sizeof(*model));
+	if (!model)
+		die("out of memory");
+	model_set(0, base_bytes < bytes ? base_bytes : bytes, TAG_BASE);
+}
+
+/*
+ * Every start and length in a run of three blocks, over all 27 mixtures of
+ * block states, each on blocks of its own. Neighbours on both sides show a
+ * write that spills over.
+ */
+static void do_sweep(void)
+{
+	const unsigned int units = 3 * BLOCK / unit;
+	unsigned int mix, from, len, i, m;
+	uint64_t at = 0;
+	uint32_t tag = TAG_FIRST + 'A';
+
+	for (mix = 0; mix < 27; mix++) {
+		for (from = 0; from < units; from++) {
+			for (len = 1; from + len <= units; len++) {
+				uint64_t offset = at + (uint64_t)from * unit;
+
+				if (at + 3 * BLOCK > bytes)
+					die("too small for a sweep");
+				for (i = 0, m = mix; i < 3; i++, m /= 3) {
+					uint64_t block = at + (uint64_t)i * BLOCK;
+
+					if ((m % 3 == 1 && do_write(block, BLOCK, tag, 0)) ||
+					    (m % 3 == 2 && do_clear("discard", block, BLOCK)))
+						die("sweep at %" PRIu64 ": I/O error", block);
+				}
+				if (do_check(offset, (uint64_t)len * unit, tag_model, NULL, 0,
+					     "sweep, before the write") ||
+				    do_write(offset, (uint64_t)len * unit, tag + 1, 0) ||
+				    do_check(at, 3 * BLOCK, tag_model, NULL, 0,
+					     "sweep, after the write"))
+					die("sweep at %" PRIu64 ": I/O error", offset);
+				at += 3 * BLOCK;
+			}
+		}
+	}
+}
+
+/* Splits @len bytes at @buf into up to four pieces of whole units. */
+static int random_vector(struct iovec *iov, char *buf, uint64_t len)
+{
+	int count = 0;
+
+	while (count < 3 && len > unit && random() % 2) {
+		uint64_t n = (1 + random() % (len / unit - 1)) * unit;
+
+		iov[count++] = (struct iovec){ buf, n };
+		buf += n;
+		len -= n;
+	}
+	iov[count++] = (struct iovec){ buf, len };
+	return count;
+}
+
+static uint64_t random_length(void)
+{
+	switch (random() % 16) {
+	case 0:
+		return 1 + random() % (BIGGEST / unit);
+	case 1 ... 4:
+		return 1 + random() % (65536 / unit);
+	case 5 ... 6:
+		return BLOCK / unit;
+	default:
+		return 1 + random() % (4 * BLOCK / unit);
+	}
+}
+
+static void do_random(unsigned int seed, unsigned int count)
+{
+	static const char *const clears[] = { "discard", "zeroout", "punch", "zerorange" };
+	char *memory = get_buffer(BIGGEST + BLOCK);
+	const uint64_t units = bytes / unit;
+	struct iovec iov[4];
+	unsigned int i;
+
+	srandom(seed);
+	for (i = 0; i < count; i++) {
+		uint64_t len = random_length(), from, offset;
+		/* direct I/O wants sectors, and the kernel gets odd pieces of pages */
+		char *buf = memory + random() % (BLOCK / SECTOR) * SECTOR;
+		unsigned int kind = random() % 8;
+		uint32_t tag = TAG_FIRST + 256 + i;
+		int ret;
+
+		if (len > units)
+			len = units;
+		from = random() % (units - len + 1);
+		if (random() % 4 == 0)
+			from = from * unit / BLOCK * BLOCK / unit;
+		offset = from * unit;
+		len *= unit;
+		if (kind == 0) {
+			ret = do_clear(clears[random() % 4], offset, len);
+		} else if (kind <= 3) {
+			memset(buf, 0x5a, len);
+			ret = transfer(false, iov, random_vector(iov, buf, len), offset, 0);
+			if (!ret)
+				compare(buf, offset, len, 0, tag_model, NULL, "random read");
+		} else {
+			stamp_range(buf, offset / SECTOR, len / SECTOR, tag);
+			ret = transfer(true, iov, random_vector(iov, buf, len), offset, 0);
+			model_set(offset, len, tag);
+		}
+		if (ret)
+			die("random operation %u of seed %u: %s", i, seed, strerror(-ret));
+	}
+	free(memory);
+}
+
+static void *job_run(void *arg)
+{
+	struct job *job = arg;
+	char *copy = strdup(job->text);
+	int ret = copy ? command(copy) : -ENOMEM;
+
+	if (ret)
+		die("%s: %s", job->text, strerror(-ret));
+	free(copy);
+	__atomic_store_n(&job->done, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+static void do_bg(char *text)
+{
+	struct job *job = &jobs[nr_jobs];
+
+	if (nr_jobs == JOBS)
+		die("too many commands in the background");
+	*job = (struct job){ .text = text };
+	if (pthread_create(&job->thread, NULL, job_run, job))
+		die("cannot start a thread");
+	nr_jobs++;
+}
+
+static void do_join(void)
+{
+	struct timespec ts;
+	unsigned int i;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	ts.tv_sec += DEADLINE;
+	for (i = 0; i < nr_jobs; i++)
+		if (pthread_timedjoin_np(jobs[i].thread, NULL, &ts))
+			die("%s: not ended after %u s", jobs[i].text, DEADLINE);
+	nr_jobs = 0;
+}
+
+/* Takes note of the requests that have ended; waits for one if it should. */
+static void reap(bool wait)
+{
+	struct timespec ts = { .tv_sec = wait ? DEADLINE : 0 };
+	struct io_event events[JOBS];
+	int n = syscall(SYS_io_getevents, aio, wait, JOBS, events, &ts), i;
+
+	if (n < 0)
+		die("io_getevents: %s", strerror(errno));
+	if (wait && !n)
+		die("%s: not ended after %u s", requests[0].text, DEADLINE);
+	for (i = 0; i < n; i++) {
+		struct request *r = &requests[events[i].data];
+
+		if (events[i].res != (r->want ? r->want : (int64_t)r->iocb.aio_nbytes))
+			die("%s: %s", r->text, events[i].res < 0 ?
+			    strerror(-(int)events[i].res) : "did not fail");
+		free(r->buf);
+		r->done = true;
+	}
+}
+
+static unsigned int unfinished(void)
+{
+	unsigned int i, n = 0;
+
+	if (nr_requests)
+		reap(false);
+	for (i = 0; i < nr_requests; i++)
+		n += !requests[i].done;
+	for (i = 0; i < nr_jobs; i++)
+		n += !__atomic_load_n(&jobs[i].done, __ATOMIC_ACQUIRE);
+	return n;
+}
+
+static void do_reap(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < nr_requests; i++)
+		while (!requests[i].done)
+			reap(true);
+	nr_requests = 0;
+}
+
+static int do_submit(uint64_t offset, uint64_t len, uint32_t tag, int flags, int want,
+		     const char *text)
+{
+	struct request *r = &requests[nr_requests];
+	struct iocb *iocb = &r->iocb;
+
+	if (nr_requests == JOBS || len > BIGGEST)
+		die("%s: too many requests, or too long", text);
+	if (!aio && syscall(SYS_io_setup, JOBS, &aio))
+		die("io_setup: %s", strerror(errno));
+	*r = (struct request){ .text = strdup(text), .buf = get_buffer(len), .want = want };
+	stamp_range(r->buf, offset / SECTOR, len / SECTOR, tag);
+	r->iocb = (struct iocb){
+		.aio_data = nr_requests++, .aio_lio_opcode = IOCB_CMD_PWRITE, .aio_fildes = fd,
+		.aio_buf = (uintptr_t)r->buf, .aio_nbytes = len, .aio_offset = offset,
+		.aio_rw_flags = flags,
+	};
+	/* a submission that blocks would end here, or at the deadline of the test */
+	alarm(DEADLINE);
+	if (syscall(SYS_io_submit, aio, 1, &iocb) != 1)
+		die("%s: io_submit: %s", text, strerror(errno));
+	alarm(0);
+	return want;
+}
+
+static void do_pending(unsigned int want)
+{
+	unsigned int n = unfinished();
+
+	if (n != want)
+		die("%u commands have not ended, expected %u", n, want);
+}
+
+static void do_left(unsigned int want)
+{
+	uint64_t end = now_ms() + DEADLINE * 1000;
+	unsigned int n;
+
+	for (;;) {
+		n = unfinished();
+		if (n <= want)
+			break;
+		if (now_ms() > end)
+			die("%u commands have not ended after %u s", n, DEADLINE);
+		nap();
+	}
+	if (n != want)
+		die("%u commands have not ended, expected %u", n, want);
+}
+
+/* Whether a thread of ours sleeps in a kernel function whose name contains @where. */
+static bool asleep(const char *where)
+{
+	DIR *dir = opendir("/proc/self/task");
+	struct dirent *entry;
+	bool found = false;
+
+	while (dir && !found && (entry = readdir(dir))) {
+		char name[300], symbol[128] = "";
+		FILE *f;
+
+		snprintf(name, sizeof(name), "/proc/self/task/%s/wchan", entry->d_name);
+		f = fopen(name, "r");
+		if (!f)
+			continue;
+		if (fgets(symbol, sizeof(symbol), f) && strstr(symbol, where))
+			found = true;
+		fclose(f);
+	}
+	if (dir)
+		closedir(dir);
+	return found;
+}
+
+static void do_asleep(const char *where)
+{
+	uint64_t end = now_ms() + DEADLINE * 1000;
+
+	while (!asleep(where)) {
+		if (now_ms() > end)
+			die("no thread sleeps in %s after %u s", where, DEADLINE);
+		nap();
+	}
+}
+
+/* Runs the commands that move data. Returns: 0, -errno, or 1 if it is none of them. */
+static int data_command(char **words, int count, int flags, int want, const char *text)
+{
+	uint64_t offset, len;
+	uint32_t tag;
+
+	if (!strcmp(words[0], "submit") && count > 5 && !strcmp(words[1], "nowait")) {
+		flags |= RWF_NOWAIT;
+		words++;
+		count--;
+	}
+	if (!strcmp(words[0], "submit") && count == 5 && !strcmp(words[1], "write")) {
+		offset = parse_bytes(words[2], 0);
+		return do_submit(offset, parse_bytes(words[3], offset), parse_tag(words[4][0]),
+				 flags, want, text);
+	}
+
+	if (!strcmp(words[0], "is") && count == 3) {
+		offset = parse_bytes(words[1], 0);
+		return do_check(offset, strlen(words[2]) * SECTOR, tag_string, words[2], flags,
+				text);
+	}
+	if (count < 3)
+		return 1;
+	if (!strcmp(words[0], "discard") || !strcmp(words[0], "zeroout") ||
+	    !strcmp(words[0], "punch") || !strcmp(words[0], "zerorange")) {
+		offset = parse_bytes(words[1], 0);
+		return do_clear(words[0], offset, parse_bytes(words[2], offset));
+	}
+	if (count != 4)
+		return 1;
+	if (!strcmp(words[0], "write") || !strcmp(words[0], "fua") ||
+	    !strcmp(words[0], "check")) {
+		offset = parse_bytes(words[1], 0);
+		len = parse_bytes(words[2], offset);
+		tag = parse_tag(words[3][0]);
+		if (words[0][0] == 'c')
+			return do_check(offset, len, tag_one, &tag, flags, text);
+		return do_write(offset, len, tag, flags | (words[0][0] == 'f' ? RWF_DSYNC : 0));
+	}
+	return 1;
+}
+
+static int command(char *text)
+{
+	char *words[WORDS + 1] = { NULL }, *save, *label = strdup(text);
+	int count = 0, want = 0, ret = 0, flags = 0, first = 0;
+
+	for (char *w = strtok_r(text, " ", &save); w && count < WORDS; w = strtok_r(NULL, " ", &save))
+		words[count++] = w;
+	if (count > 2 && !strcmp(words[0], "fails")) {
+		want = -parse_errno(words[1]);
+		first = 2;
+	}
+	if (count > first + 1 && !strcmp(words[first], "nowait")) {
+		flags = RWF_NOWAIT;
+		first++;
+	}
+	if (count <= first)
+		die("empty command");
+	count -= first;
+
+	if (!strcmp(words[first], "run"))
+		do_run(words + first + 1);
+	else if (!strcmp(words[first], "flush"))
+		ret = do_flush(false);
+	else if (!strcmp(words[first], "drop"))
+		ret = do_flush(true);
+	else if (!strcmp(words[first], "join"))
+		do_join();
+	else if (!strcmp(words[first], "sum"))
+		do_sum();
+	else if (!strcmp(words[first], "sweep") && model)
+		do_sweep();
+	else if (!strcmp(words[first], "verify") && model)
+		ret = do_check(0, bytes, tag_model, NULL, 0, label);
+	else if (!strcmp(words[first], "pending") && count == 2)
+		do_pending(atoi(words[first + 1]));
+	else if (!strcmp(words[first], "model") && count == 2)
+		do_model(parse_bytes(words[first + 1], 0));
+	else if (!strcmp(words[first], "inflight") && count == 3)
+		do_inflight(words[first + 1], atoi(words[first + 2]));
+	else if (!strcmp(words[first], "timed") && count > 2)
+		do_timed(atoi(words[first + 1]), words + first + 2);
+	else if (!strcmp(words[first], "load") && count > 3)
+		ret = do_load(words + first + 1);
+	else if (!strcmp(words[first], "reject") && count > 4)
+		do_reject(atoi(words[first + 1]), words + first + 2);
+	else if (!strcmp(words[first], "message") && count > 2)
+		ret = do_message(words + first + 1);
+	else if (!strcmp(words[first], "status") && count > 2)
+		ret = do_status(words + first + 1);
+	else if (!strcmp(words[first], "suspend") && count == 2)
+		ret = dm_suspend(words[first + 1], 0);
+	else if (!strcmp(words[first], "resume") && count == 2)
+		ret = dm_resume(words[first + 1]);
+	else if (!strcmp(words[first], "reap"))
+		do_reap();
+	else if (!strcmp(words[first], "left") && count == 2)
+		do_left(atoi(words[first + 1]));
+	else if (!strcmp(words[first], "asleep") && count == 2)
+		do_asleep(words[first + 1]);
+	else if (!strcmp(words[first], "held") && count == 3)
+		do_held(words[first + 1], atoi(words[first + 2]));
+	else if (!strcmp(words[first], "random") && count == 3 && model)
+		do_random(atoi(words[first + 1]), atoi(words[first + 2]));
+	else if (!strcmp(words[first], "size") && count == 2) {
+		if (bytes != parse_bytes(words[first + 1], 0))
+			die("%s: it has %" PRIu64 " bytes", label, bytes);
+	} else {
+		ret = data_command(words + first, count, flags, want, label);
+		if (ret == 1)
+			die("%s: no such command", label);
+	}
+	if (ret != want)
+		die("%s: %s", label, ret ? strerror(-ret) : "did not fail");
+	free(label);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	struct stat st;
+	int i;
+
+	if (argc > 1 && !strcmp(argv[1], "-b")) {
+		buffered = true;
+		argv++;
+		argc--;
+	}
+	if (argc < 3) {
+		usage();
+		return 2;
+	}
+	path = argv[1];
+	/* some devices are read-only, and some commands want nothing else */
+	fd = open(path, O_RDWR | O_CLOEXEC | (buffered ? 0 : O_DIRECT));
+	if (fd < 0 && (errno == EACCES || errno == EROFS || errno == EPERM))
+		fd = open(path, O_RDONLY | O_CLOEXEC | (buffered ? 0 : O_DIRECT));
+	if (fd < 0)
+		die("%s", strerror(errno));
+	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) || ioctl(fd, BLKGETSIZE64, &bytes) ||
+	    ioctl(fd, BLKSSZGET, &unit))
+		die("no block device");
+	for (i = 2; i < argc; i++) {
+		if (!strncmp(argv[i], "bg ", 3))
+			do_bg(argv[i] + 3);
+		else
+			command(argv[i]);
+	}
+	do_reap();
+	do_join();
+	return 0;
+}
