@@ -52,7 +52,7 @@ help:
 
 .PHONY: module no-module need-headers
 module: need-headers
-	$(Q)$(MAKE) --no-print-directory $(ko)
+	$(Q)$(MAKE) $(if $(Q),-s) --no-print-directory $(ko)
 
 no-module:
 	@echo "no module: the headers of kernel $$(uname -r) are missing" \
