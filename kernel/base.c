@@ -78,7 +78,8 @@ static void rmw_install(struct nbdcow_rmw *rmw, struct bio_list *bios)
 	while ((bio = bio_list_pop(bios))) {
 		nbdcow_piece_init(&piece, rmw->t, bio, bio->bi_iter);
 		piece.base = base;
-		ret = nbdcow_overlay_write_wait(rmw->t->overlay, &piece);
+		ret = nbdcow_overlay_wait(rmw->t->overlay, &piece,
+					  nbdcow_overlay_write);
 		nbdcow_bio_complete(bio, ret);
 	}
 }
@@ -157,7 +158,7 @@ static struct nbdcow_rmw *rmw_alloc(struct nbdcow_target *t)
  * nbdcow_rmw_next() - go on with a bio that waits for a descriptor, if any
  * @t: the target, kept alive by a bio of the caller
  *
- * Called by who came from the waiting list and needed no descriptor after all.
+ * For a bio that came from the waiting list and needed no descriptor after all.
  *
  * Context: process context.
  */
@@ -244,6 +245,7 @@ void nbdcow_rmw_exit(struct nbdcow_target *t)
 {
 	/* A work may still be between the end of its bios and its own. */
 	wait_var_event(&t->rmw_inflight, !READ_ONCE(t->rmw_inflight));
+	/* And the last one may still be unlocking. */
 	spin_lock(&t->rmw_lock);
 	spin_unlock(&t->rmw_lock);
 	mempool_exit(&t->rmw_pages);

@@ -31,9 +31,9 @@
  * map() runs in the submitter's context and may sleep for locks and memory. It
  * serves blocks from RAM one after the other and completes the bio; where a
  * run in state BASE begins, it accepts what it has done and gets the rest in
- * another bio. It never waits for I/O: the block layer only queues what is
- * submitted in map(), so that would be waiting for oneself. Three things go on
- * outside of map():
+ * another bio. It never waits for I/O of its own: the block layer only queues
+ * what is submitted in map(), so that would be waiting for oneself. Three things
+ * go on outside of map():
  *  - a partial write of a BASE block needs the base's content: base.c reads it
  *    and installs the block from a work;
  *  - a block that is swapped out, and a write that found no memory, go to a
@@ -51,7 +51,9 @@
  *	ov->mutex	replacing the layer (reset, growth); event target
  *	shard lock	by leaf; read: install blocks, write: remove them; a
  *			reset holds all of them
- *	page lock	serialises installers of one block; keeps reclaim away
+ *	installer lock	by 2 MiB: one installs at a time
+ *	page lock	serialises writers of a block; keeps reclaim, migration
+ *			and removal away
  *	rmw_lock	read-modify-write descriptors of a target; a leaf lock
  *
  * The layer is read under RCU or any shard lock. In the I/O path all
@@ -59,14 +61,13 @@
  *
  * Installing a block
  * ------------------
- * Under the shard lock for read: reserve the block in the limits, make sure
- * its leaf exists, get the page, lock it. Then look at the state again. Data
- * first (whole block), page dirty second, state third (release), page lock
- * last, and only then is anybody told. An installer that finds the block
- * OVERLAY at the second look adds only its own bytes: its copy of the base is
- * older than what the other one stored. One that finds it ZERO, because a
- * discard came between reading the base and installing, completes it with
- * zeroes.
+ * Under the shard lock for read and the installer lock: look at the state,
+ * reserve the block in the limits, make sure its leaf exists, get the page, lock
+ * it. Data first (whole block), page dirty second, state third (release), page
+ * lock last, and only then is anybody told. An installer that finds the block
+ * OVERLAY adds only its own bytes: its copy of the base is older than what the
+ * other one stored. One that finds it ZERO, because a discard came between
+ * reading the base and installing, completes it with zeroes.
  *
  * Reading without locks, rewriting with the page lock only
  * -------------------------------------------------------
@@ -92,9 +93,9 @@
  * -----------------------
  * Between the read of the base and the install anything may happen to the
  * block: whole writes, other partial writes, discards, resets. All are settled
- * by the second look at the state under the page lock. Partial writes that
- * come while the read is under way join it; the descriptor leaves the hash
- * before the install looks at the state, so that nobody joins too late.
+ * by the look at the state under the locks. Partial writes that come while the
+ * read is under way join it; the descriptor leaves the hash before the install
+ * looks at the state, so that nobody joins too late.
  *
  * Failures
  * --------
@@ -105,10 +106,11 @@
  *
  * Objects
  * -------
- * nbdcow_target is a table, which has one line. nbdcow_overlay holds the changes;
- * it is shared by all tables of one mapped device, so that a reload keeps it,
- * and goes with the last of them. I/O reaches it through one
- * table at a time, since device-mapper suspends the old one first.
+ * nbdcow_target is a table, which has one line. nbdcow_overlay holds the
+ * changes; it is shared by all tables of one mapped device, so that a reload
+ * keeps it, and goes with the last of them. I/O reaches it through one table at
+ * a time, since device-mapper suspends the old one first. It fixes the size of
+ * the base, so that a base that shrinks gives errors and not zeroes.
  */
 #include <linux/module.h>
 #include <linux/moduleparam.h>
@@ -177,8 +179,8 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 	piece->base = NULL;
 	piece->base_is_zero = piece->block * NBDCOW_BLOCK_SECTORS >=
 			      t->overlay->base_sectors;
-	piece->nowait = bio->bi_opf & REQ_NOWAIT;
-	piece->may_wait = false;
+	piece->context = bio->bi_opf & REQ_NOWAIT ? NBDCOW_NOWAIT : NBDCOW_MAP;
+	piece->new_block = false;
 }
 
 /*
@@ -221,12 +223,6 @@ static int finish(struct bio *bio, int error)
 	return DM_MAPIO_SUBMITTED;
 }
 
-static int defer(struct nbdcow_target *t, struct bio *bio)
-{
-	nbdcow_defer(t, bio);
-	return DM_MAPIO_SUBMITTED;
-}
-
 static void remap(struct nbdcow_target *t, struct bio *bio)
 {
 	bio_set_dev(bio, t->base->bdev);
@@ -262,7 +258,7 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 				if (done)
 					goto out;
 				accept(bio, piece.bytes >> SECTOR_SHIFT);
-				return defer(t, bio);
+				return nbdcow_defer(t, bio);
 			}
 			if (ret)
 				return finish(bio, ret);
@@ -292,7 +288,7 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 				break;
 			accept(bio, piece.bytes >> SECTOR_SHIFT);
 			if (ret == -EINPROGRESS)
-				return defer(t, bio);
+				return nbdcow_defer(t, bio);
 			nbdcow_rmw_submit(t, bio);
 			return DM_MAPIO_SUBMITTED;
 		}
@@ -341,7 +337,7 @@ static int map_zero(struct nbdcow_target *t, struct bio *bio)
 		accept(bio, min_t(sector_t, end, last * NBDCOW_BLOCK_SECTORS) -
 			    start);
 	}
-	return first < last ? defer(t, bio) : finish(bio, 0);
+	return first < last ? nbdcow_defer(t, bio) : finish(bio, 0);
 }
 
 /*
@@ -354,16 +350,17 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 	struct bvec_iter iter = bio->bi_iter;
 	struct nbdcow_piece piece;
+	int ret = -ESTALE;
 	unsigned int n;
-	int ret;
 
-	do {
+	while (ret == -ESTALE) {
 		switch (state_at(t, sector, bio_sectors(bio), &n)) {
 		case NBDCOW_BASE:
 			/* The base may end within the block. */
 			bio_advance_iter(bio, &iter, n << SECTOR_SHIFT);
 			nbdcow_zero_bio(bio, &iter, iter.bi_size);
 			bio->bi_iter.bi_size = n << SECTOR_SHIFT;
+			bio->bi_opf &= ~REQ_NOWAIT;
 			remap(t, bio);
 			submit_bio_noacct(bio);
 			return;
@@ -373,12 +370,11 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 			break;
 		case NBDCOW_OVERLAY:
 			nbdcow_piece_init(&piece, t, bio, iter);
-			piece.nowait = false;
-			piece.may_wait = true;
-			ret = nbdcow_overlay_read(t->overlay, &piece);
+			ret = nbdcow_overlay_wait(t->overlay, &piece,
+						  nbdcow_overlay_read);
 			break;
 		}
-	} while (ret == -ESTALE);
+	}
 	nbdcow_bio_complete(bio, ret);
 }
 
@@ -389,7 +385,7 @@ static void work_write(struct nbdcow_target *t, struct bio *bio)
 	int ret;
 
 	nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
-	ret = nbdcow_overlay_write_wait(t->overlay, &piece);
+	ret = nbdcow_overlay_wait(t->overlay, &piece, nbdcow_overlay_write);
 	if (ret == -ENODATA) {
 		nbdcow_rmw_submit(t, bio);
 		return;
@@ -402,24 +398,26 @@ static void work_io(struct work_struct *work)
 {
 	struct nbdcow_io *io = container_of(work, struct nbdcow_io, work);
 	struct bio *bio = dm_bio_from_per_bio_data(io, sizeof(*io));
+	struct nbdcow_target *t = io->t;
 	u64 first, last;
+	int ret;
 
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:
-		work_read(io->t, bio);
+		work_read(t, bio);
 		return;
 	case REQ_OP_DISCARD:
 	case REQ_OP_WRITE_ZEROES:
-		whole_blocks(io->t, bio, &first, &last);
+		whole_blocks(t, bio, &first, &last);
 		if (first < last) {
-			nbdcow_bio_complete(bio, nbdcow_overlay_zero(io->t->overlay,
-								     first,
-								     last - first));
+			ret = nbdcow_overlay_zero(t->overlay, first,
+						  last - first);
+			nbdcow_bio_complete(bio, ret);
 			return;
 		}
 		fallthrough;
 	default:
-		work_write(io->t, bio);
+		work_write(t, bio);
 	}
 }
 
@@ -430,14 +428,16 @@ static void work_io(struct work_struct *work)
  *	later
  *
  * Context: any process context.
+ * Return: DM_MAPIO_SUBMITTED.
  */
-void nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
+int nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
 {
 	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
 
 	io->t = t;
 	INIT_WORK(&io->work, work_io);
 	queue_work(nbdcow_wq, &io->work);
+	return DM_MAPIO_SUBMITTED;
 }
 
 static int nbdcow_map(struct dm_target *ti, struct bio *bio)
@@ -462,10 +462,12 @@ static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
 {
 	struct nbdcow_target *t = ti->private;
 
+	if (bio->bi_bdev == t->self)
+		return DM_ENDIO_DONE;
 	/* Read-ahead may fail for no reason but load. */
-	if (bio->bi_bdev != t->self && *status != BLK_STS_AGAIN &&
-	    !(bio->bi_opf & REQ_RAHEAD))
-		nbdcow_base_done(t, *status);
+	if (*status && (*status == BLK_STS_AGAIN || bio->bi_opf & REQ_RAHEAD))
+		return DM_ENDIO_DONE;
+	nbdcow_base_done(t, *status);
 	return DM_ENDIO_DONE;
 }
 

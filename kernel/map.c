@@ -80,7 +80,7 @@ struct nbdcow_map *nbdcow_map_create(u64 nr_blocks)
 	u64 slots = DIV_ROUND_UP_ULL(nr_blocks, NBDCOW_LEAF_BLOCKS);
 	struct nbdcow_map *map;
 
-	if (slots > INT_MAX / sizeof(map->leaves[0]) / 2)
+	if (slots >= (INT_MAX - sizeof(*map)) / sizeof(map->leaves[0]))
 		return NULL;
 	map = kvzalloc(struct_size(map, leaves, slots),
 		       GFP_KERNEL_ACCOUNT | __GFP_NOWARN);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Types of dm-nbdcow and the contracts between its files. Dependencies point
- * one way: target -> {overlay, base, message}, base -> overlay -> {map, store}.
+ * Types of dm-nbdcow and the contracts between its files. The target's file and
+ * base.c hand bios to each other; both use the overlay, which uses the map and
+ * the store and knows nothing of them. message.c reads all.
  */
 #ifndef NBDCOW_H
 #define NBDCOW_H
@@ -25,8 +26,9 @@
 #define NBDCOW_MAX_BLOCKS	min_t(u64, 1ULL << 41, \
 				      (u64)MAX_LFS_FILESIZE >> NBDCOW_BLOCK_SHIFT)
 
-/* Shard locks of an overlay; a power of two. */
+/* Shard locks of an overlay, and its locks of installers. */
 #define NBDCOW_SHARDS		16
+#define NBDCOW_INSTALLERS	64
 /* Read-modify-writes of a device under way at once, and those sure of memory. */
 #define NBDCOW_RMW_MAX		256
 #define NBDCOW_RMW_RESERVE	4
@@ -53,12 +55,13 @@ struct nbdcow_shard {
 struct nbdcow_overlay {
 	struct nbdcow_layer __rcu *layer; /* replaced under mutex and all shards */
 	struct nbdcow_shard shards[NBDCOW_SHARDS]; /* by leaf */
+	struct mutex installers[NBDCOW_INSTALLERS]; /* by 2 MiB: one at a time */
 	unsigned long limit;	/* most blocks stored; changes any time */
 	atomic_long_t peak;	/* most blocks ever stored since creation */
 	atomic_long_t refused;	/* writes that failed for want of space */
 	atomic_long_t base_errors; /* failed reads of the base */
 	atomic_t level;		/* enum nbdcow_level, to see it rise */
-	bool store_full;	/* the last attempt to store a new block failed */
+	bool store_full;	/* there was no page for the last new block */
 	struct mem_cgroup *memcg; /* creator's, charged for pages and leaves */
 	struct mutex mutex;	/* reset, growth, event_ti */
 	struct dm_target *event_ti; /* whose table gets events; under mutex */
@@ -92,6 +95,12 @@ struct nbdcow_target {
 	mempool_t rmw_pages;	/* their pages */
 };
 
+enum nbdcow_context {
+	NBDCOW_NOWAIT,		/* nothing: -EAGAIN instead */
+	NBDCOW_MAP,		/* locks and easy memory: else -EINPROGRESS */
+	NBDCOW_WORK,		/* swap I/O and memory as well */
+};
+
 /* Some or all bytes of one block, on their way between a bio and the overlay. */
 struct nbdcow_piece {
 	struct bio *bio;	/* a WRITE_ZEROES bio stands for zeroes */
@@ -101,8 +110,8 @@ struct nbdcow_piece {
 	unsigned int bytes;	/* how many */
 	const void *base;	/* the base's content of the whole block, or NULL */
 	bool base_is_zero;	/* the block lies past the end of the base */
-	bool nowait;		/* do not sleep, return -EAGAIN instead */
-	bool may_wait;		/* for I/O and memory: not in map() */
+	enum nbdcow_context context; /* what may be waited for */
+	bool new_block;		/* set if it failed for want of a new block */
 };
 
 /* Beside each bio of ours. */
@@ -116,7 +125,7 @@ extern struct workqueue_struct *nbdcow_wq;
 void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 		       struct bio *bio, struct bvec_iter iter);
 void nbdcow_bio_complete(struct bio *bio, int error);
-void nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
+int nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
 void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status);
 
 /* overlay.c */
@@ -130,8 +139,9 @@ enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 				       u64 max, u64 *run);
 int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece);
 int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece);
-int nbdcow_overlay_write_wait(struct nbdcow_overlay *ov,
-			      struct nbdcow_piece *piece);
+int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
+			int (*action)(struct nbdcow_overlay *ov,
+				      struct nbdcow_piece *piece));
 int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count);
 int nbdcow_overlay_reset(struct nbdcow_overlay *ov);
 void nbdcow_overlay_set_limit(struct nbdcow_overlay *ov, unsigned long limit);
@@ -145,8 +155,8 @@ struct file *nbdcow_store_another(struct file *file);
 void nbdcow_store_destroy(struct file *file);
 struct page *nbdcow_store_find(struct file *file, u64 block);
 bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);
-struct page *nbdcow_store_get_locked(struct file *file, u64 block, bool nowait,
-				     bool may_wait);
+struct page *nbdcow_store_get_locked(struct file *file, u64 block,
+				     enum nbdcow_context context, bool stored);
 void nbdcow_store_punch(struct file *file, u64 block, u64 count);
 void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
 		     unsigned int bytes);

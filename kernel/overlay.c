@@ -24,9 +24,15 @@ atomic_long_t nbdcow_total_used;
 static DEFINE_MUTEX(overlays_mutex);
 static LIST_HEAD(overlays);
 
-static struct rw_semaphore *shard(struct nbdcow_overlay *ov, u64 block)
+static struct rw_semaphore *shard_lock(struct nbdcow_overlay *ov, u64 block)
 {
 	return &ov->shards[nbdcow_leaf_index(block) % NBDCOW_SHARDS].lock;
+}
+
+/* By 2 MiB, since on some tmpfs mounts that is what one page holds. */
+static struct mutex *installer_lock(struct nbdcow_overlay *ov, u64 block)
+{
+	return &ov->installers[(block >> 9) % NBDCOW_INSTALLERS];
 }
 
 /* The layer, for holders of any shard lock or of the mutex. */
@@ -115,14 +121,13 @@ enum nbdcow_level nbdcow_overlay_level(struct nbdcow_overlay *ov)
 /* Note the level, and tell user space when it rose. */
 static void level_update(struct nbdcow_overlay *ov)
 {
-	int old, new;
+	int old = atomic_read(&ov->level), new;
 
 	do {
 		new = nbdcow_overlay_level(ov);
-		old = atomic_read(&ov->level);
 		if (new == old)
 			return;
-	} while (atomic_cmpxchg(&ov->level, old, new) != old);
+	} while (!atomic_try_cmpxchg(&ov->level, &old, new));
 
 	if (new > old)
 		schedule_work(&ov->event_work);
@@ -139,7 +144,7 @@ static void event_work(struct work_struct *work)
 	mutex_unlock(&ov->mutex);
 }
 
-/* Add one unless that exceeds the limit; never more than that, not even briefly. */
+/* Add one unless that exceeds the limit. */
 static bool add_below(atomic_long_t *counter, unsigned long limit)
 {
 	long value = atomic_long_read(counter);
@@ -155,10 +160,10 @@ static bool reserve(struct nbdcow_overlay *ov, struct nbdcow_layer *layer)
 {
 	long used, peak;
 
-	if (!add_below(&nbdcow_total_used, READ_ONCE(nbdcow_total_limit)))
+	if (!add_below(&layer->used, READ_ONCE(ov->limit)))
 		return false;
-	if (!add_below(&layer->used, READ_ONCE(ov->limit))) {
-		atomic_long_dec(&nbdcow_total_used);
+	if (!add_below(&nbdcow_total_used, READ_ONCE(nbdcow_total_limit))) {
+		atomic_long_dec(&layer->used);
 		return false;
 	}
 	used = atomic_long_read(&layer->used);
@@ -175,9 +180,11 @@ static void unreserve(struct nbdcow_layer *layer, unsigned long blocks)
 	atomic_long_sub(blocks, &nbdcow_total_used);
 }
 
-/* A write found no space. */
+/* A new block was refused for good: over a limit (-EDQUOT) or no page for it. */
 static void note_refused(struct nbdcow_overlay *ov, int error)
 {
+	if (error != -EDQUOT)
+		WRITE_ONCE(ov->store_full, true);
 	atomic_long_inc(&ov->refused);
 	DMWARN_LIMIT("%s: no space for a new block (error %d)",
 		     dm_device_name(ov->md), error);
@@ -212,9 +219,9 @@ enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 }
 
 /*
- * Get the page of a stored block without any lock, or NULL: not stored, or not
- * in memory. The page comes first and the state second; see "Without locks" in
- * dm-nbdcow-target.c.
+ * Get the page of a stored block without waiting, or NULL: not stored, or not
+ * in memory, or not to be locked at once. The page comes first and the state
+ * second; why that will do is in dm-nbdcow-target.c.
  */
 static struct page *find_stored(struct nbdcow_overlay *ov, u64 block,
 				bool lock)
@@ -241,12 +248,28 @@ static struct page *find_stored(struct nbdcow_overlay *ov, u64 block,
 	return page;
 }
 
-static bool lock_shard_read(struct rw_semaphore *lock, bool nowait)
+static bool lock_shard_read(struct nbdcow_overlay *ov,
+			    struct nbdcow_piece *piece)
 {
-	if (nowait)
+	struct rw_semaphore *lock = shard_lock(ov, piece->block);
+
+	if (piece->context == NBDCOW_NOWAIT)
 		return down_read_trylock(lock);
 	down_read(lock);
 	return true;
+}
+
+/* The page of a block whose state is OVERLAY, locked. */
+static struct page *get_stored(struct nbdcow_overlay *ov,
+			       struct nbdcow_layer *layer,
+			       struct nbdcow_piece *piece)
+{
+	struct mem_cgroup *old_memcg = set_active_memcg(ov->memcg);
+	struct page *page = nbdcow_store_get_locked(layer->file, piece->block,
+						    piece->context, true);
+
+	set_active_memcg(old_memcg);
+	return page;
 }
 
 /**
@@ -254,16 +277,14 @@ static bool lock_shard_read(struct rw_semaphore *lock, bool nowait)
  * @ov: the overlay
  * @piece: which bytes; its iterator is advanced on success
  *
- * Context: process context; sleeps unless the piece says nowait.
- * Return: 0; -ESTALE if the block is not in state OVERLAY any more; -EAGAIN
- *	instead of sleeping; -EINPROGRESS if it is swapped out and the piece may
- *	not wait; -EIO or -ENOMEM from swapping in.
+ * Context: process context; sleeps as the piece's context allows.
+ * Return: 0; -ESTALE if the block is not in state OVERLAY any more; -EAGAIN in
+ *	NBDCOW_NOWAIT; -EINPROGRESS if only NBDCOW_WORK can go on; there -EIO or
+ *	-ENOMEM from swapping in.
  */
 int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
-	struct rw_semaphore *lock = shard(ov, piece->block);
 	struct page *page = find_stored(ov, piece->block, false);
-	struct mem_cgroup *old_memcg;
 	struct nbdcow_layer *layer;
 	int ret = 0;
 	u64 run;
@@ -274,17 +295,14 @@ int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 		return 0;
 	}
 
-	if (!lock_shard_read(lock, piece->nowait))
+	if (!lock_shard_read(ov, piece))
 		return -EAGAIN;
 	layer = layer_of(ov);
 	if (nbdcow_map_run(layer->map, piece->block, 1, &run) != NBDCOW_OVERLAY) {
 		ret = -ESTALE;
 		goto out;
 	}
-	old_memcg = set_active_memcg(ov->memcg);
-	page = nbdcow_store_get_locked(layer->file, piece->block, piece->nowait,
-				       piece->may_wait);
-	set_active_memcg(old_memcg);
+	page = get_stored(ov, layer, piece);
 	if (IS_ERR(page)) {
 		ret = PTR_ERR(page);
 		goto out;
@@ -293,7 +311,7 @@ int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 	unlock_page(page);
 	put_page(page);
 out:
-	up_read(lock);
+	up_read(shard_lock(ov, piece->block));
 	return ret;
 }
 
@@ -303,6 +321,7 @@ static bool rewrite(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 	struct page *page;
 	u64 run;
 
+	/* Spare new blocks the search for a page. */
 	if (nbdcow_overlay_state(ov, piece->block, 1, &run) != NBDCOW_OVERLAY)
 		return false;
 	page = find_stored(ov, piece->block, true);
@@ -329,101 +348,101 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 		nbdcow_map_change(layer->map, piece->block, 1, NBDCOW_OVERLAY);
 }
 
-/* Make room for a new block: in the limits, and in the map. */
-static int prepare_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
-			 u64 block, bool nowait)
+static int rewrite_slowly(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+			  struct nbdcow_piece *piece)
 {
-	gfp_t gfp = nowait ? GFP_NOWAIT : GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	struct page *page = get_stored(ov, layer, piece);
 
-	if (!reserve(ov, layer))
-		return -ENOSPC;
-	if (nbdcow_map_prepare(layer->map, block,
-			       gfp | __GFP_ACCOUNT | __GFP_NOWARN)) {
-		unreserve(layer, 1);
-		return -ENOMEM;
-	}
+	if (IS_ERR(page))
+		return PTR_ERR(page);
+	fill_and_publish(layer, piece, page, NBDCOW_OVERLAY);
+	unlock_page(page);
+	put_page(page);
 	return 0;
 }
 
-/* Install a block that was in @state, or write to it if another was faster. */
-static int install(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
-		   struct nbdcow_piece *piece, enum nbdcow_state state)
+/* Make room for a new block in the limits and in the map, and get its page. */
+static struct page *get_new(struct nbdcow_overlay *ov,
+			    struct nbdcow_layer *layer,
+			    struct nbdcow_piece *piece)
 {
-	bool new = state != NBDCOW_OVERLAY;
+	gfp_t gfp = piece->context == NBDCOW_NOWAIT ?
+		    GFP_NOWAIT : GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	struct mem_cgroup *old_memcg;
+	struct page *page;
+
+	piece->new_block = true;
+	if (!reserve(ov, layer))
+		return ERR_PTR(-EDQUOT);
+
+	old_memcg = set_active_memcg(ov->memcg);
+	if (nbdcow_map_prepare(layer->map, piece->block,
+			       gfp | __GFP_ACCOUNT | __GFP_NOWARN))
+		page = ERR_PTR(-ENOMEM);
+	else
+		page = nbdcow_store_get_locked(layer->file, piece->block,
+					       piece->context, false);
+	set_active_memcg(old_memcg);
+	if (IS_ERR(page))
+		unreserve(layer, 1);
+	return page;
+}
+
+/* Install a block that was not stored a moment ago. */
+static int install_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+			 struct nbdcow_piece *piece)
+{
+	struct mutex *lock = installer_lock(ov, piece->block);
+	enum nbdcow_state state;
 	struct page *page;
 	int ret = 0;
 	u64 run;
 
-	if (new)
-		ret = prepare_block(ov, layer, piece->block, piece->nowait);
-	if (ret)
-		return ret;
-
-	page = nbdcow_store_get_locked(layer->file, piece->block, piece->nowait,
-				       piece->may_wait);
-	if (IS_ERR(page)) {
-		ret = PTR_ERR(page);
-		if (new) {
-			unreserve(layer, 1);
-			if (ret == -ENOSPC || (ret == -ENOMEM && piece->may_wait))
-				WRITE_ONCE(ov->store_full, true);
-		}
-		return ret;
-	}
+	if (piece->context != NBDCOW_NOWAIT)
+		mutex_lock(lock);
+	else if (!mutex_trylock(lock))
+		return -EAGAIN;
 
 	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
-	if (new && state == NBDCOW_OVERLAY)
-		unreserve(layer, 1);
-	fill_and_publish(layer, piece, page, state);
-	unlock_page(page);
-	put_page(page);
-	if (new && unlikely(READ_ONCE(ov->store_full)))
-		WRITE_ONCE(ov->store_full, false);
-	return 0;
+	if (state == NBDCOW_OVERLAY) {	/* another installer was faster */
+		mutex_unlock(lock);
+		return rewrite_slowly(ov, layer, piece);
+	}
+	page = get_new(ov, layer, piece);
+	if (IS_ERR(page)) {
+		ret = PTR_ERR(page);
+	} else {
+		fill_and_publish(layer, piece, page, state);
+		unlock_page(page);
+		put_page(page);
+		if (unlikely(READ_ONCE(ov->store_full)))
+			WRITE_ONCE(ov->store_full, false);
+	}
+	mutex_unlock(lock);
+	return ret;
 }
 
 static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
 	struct nbdcow_layer *layer = layer_of(ov);
-	struct mem_cgroup *old_memcg;
 	enum nbdcow_state state;
 	bool zero;
 	u64 run;
-	int ret;
 
-	lockdep_assert_held_read(shard(ov, piece->block));
+	lockdep_assert_held_read(shard_lock(ov, piece->block));
 
 	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
-	zero = state == NBDCOW_ZERO ||
-	       (state == NBDCOW_BASE && piece->base_is_zero);
+	if (state == NBDCOW_OVERLAY)
+		return rewrite_slowly(ov, layer, piece);
+
+	zero = state == NBDCOW_ZERO || piece->base_is_zero;
 	if (zero && bio_op(piece->bio) == REQ_OP_WRITE_ZEROES) {
 		bio_advance_iter(piece->bio, &piece->iter, piece->bytes);
 		return 0;
 	}
-	if (state == NBDCOW_BASE && piece->bytes < NBDCOW_BLOCK_BYTES &&
-	    !piece->base && !zero)
+	if (!zero && piece->bytes < NBDCOW_BLOCK_BYTES && !piece->base)
 		return -ENODATA;
-
-	old_memcg = set_active_memcg(ov->memcg);
-	ret = install(ov, layer, piece, state);
-	set_active_memcg(old_memcg);
-	return ret;
-}
-
-/*
- * A new block was refused. If another write was installing the same block, then
- * its reservation may have been the one in the way, and none was needed.
- */
-static bool installed_meanwhile(struct nbdcow_overlay *ov, u64 block)
-{
-	struct rw_semaphore *lock = shard(ov, block);
-	enum nbdcow_state state;
-	u64 run;
-
-	down_write(lock);	/* no installer is on its way */
-	state = nbdcow_map_run(layer_of(ov)->map, block, 1, &run);
-	up_write(lock);
-	return state == NBDCOW_OVERLAY;
+	return install_block(ov, layer, piece);
 }
 
 /**
@@ -433,58 +452,65 @@ static bool installed_meanwhile(struct nbdcow_overlay *ov, u64 block)
  *
  * On an error the block reads as before.
  *
- * Context: process context; sleeps unless the piece says nowait; GFP_NOIO.
+ * Context: process context; sleeps as the piece's context allows; GFP_NOIO.
  * Return: 0; -ENODATA if the block is in state BASE, the piece covers only a
- *	part of it and does not bring the base's content; -ENOSPC over a limit;
- *	-ENOMEM; -EIO from swap; -EAGAIN instead of sleeping; -EINPROGRESS
- *	instead of waiting for swap or memory if the piece may not wait.
+ *	part of it and does not bring the base's content; -ENOSPC over a limit
+ *	or on a full tmpfs; -EAGAIN in NBDCOW_NOWAIT for that and whatever would
+ *	sleep; -EINPROGRESS if only NBDCOW_WORK can go on; there -ENOMEM, and
+ *	-EIO from swap.
  */
 int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
-	struct rw_semaphore *lock = shard(ov, piece->block);
 	int ret;
 
-	do {
-		if (rewrite(ov, piece))
-			return 0;
-		if (!lock_shard_read(lock, piece->nowait))
-			return -EAGAIN;
-		ret = __overlay_write(ov, piece);
-		up_read(lock);
-		if (piece->nowait && (ret == -ENOSPC || ret == -ENOMEM))
-			return -EAGAIN;	/* a closer look may sleep */
-	} while (ret == -ENOSPC && installed_meanwhile(ov, piece->block));
+	if (rewrite(ov, piece))
+		return 0;
+	if (!lock_shard_read(ov, piece))
+		return -EAGAIN;
+	ret = __overlay_write(ov, piece);
+	up_read(shard_lock(ov, piece->block));
 
-	if (!ret)
+	switch (ret) {
+	case 0:
 		level_update(ov);
-	else if (ret == -ENOSPC)
+		return 0;
+	case -EDQUOT:
+	case -ENOSPC:
+		if (piece->context == NBDCOW_NOWAIT)
+			return -EAGAIN;
 		note_refused(ov, ret);
-	else if (ret == -ENOMEM && !piece->may_wait)
-		ret = -EINPROGRESS;
-	return ret;
+		return -ENOSPC;
+	case -ENOMEM:
+		if (piece->context == NBDCOW_NOWAIT)
+			return -EAGAIN;
+		return piece->context == NBDCOW_MAP ? -EINPROGRESS : -ENOMEM;
+	default:
+		return ret;
+	}
 }
 
 /**
- * nbdcow_overlay_write_wait() - the same, and wait for memory for a while
+ * nbdcow_overlay_wait() - read or write in NBDCOW_WORK, with patience for memory
  * @ov: the overlay
- * @piece: which bytes; its iterator is advanced on success
+ * @piece: which bytes
+ * @action: nbdcow_overlay_read() or nbdcow_overlay_write()
  *
- * Context: process context, not in map(); sleeps, also for swap I/O.
- * Return: as nbdcow_overlay_write(), without -EAGAIN and -EINPROGRESS.
+ * Context: process context, not in map(); sleeps.
+ * Return: as @action.
  */
-int nbdcow_overlay_write_wait(struct nbdcow_overlay *ov,
-			      struct nbdcow_piece *piece)
+int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
+			int (*action)(struct nbdcow_overlay *ov,
+				      struct nbdcow_piece *piece))
 {
 	unsigned int tries = NBDCOW_NOMEM_TRIES;
 	int ret;
 
-	piece->nowait = false;
-	piece->may_wait = true;
-	while ((ret = nbdcow_overlay_write(ov, piece)) == -ENOMEM && --tries) {
+	piece->context = NBDCOW_WORK;
+	while ((ret = action(ov, piece)) == -ENOMEM && --tries) {
 		/* kswapd can do what GFP_NOIO cannot: swap out. */
 		schedule_timeout_uninterruptible(NBDCOW_NOMEM_WAIT);
 	}
-	if (ret == -ENOMEM)
+	if (ret == -ENOMEM && piece->new_block)
 		note_refused(ov, ret);
 	return ret;
 }
@@ -497,7 +523,7 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 	unsigned long stored;
 	int ret;
 
-	lockdep_assert_held_write(shard(ov, block));
+	lockdep_assert_held_write(shard_lock(ov, block));
 
 	if (nbdcow_map_is_uniform(layer->map, block, count, NBDCOW_ZERO))
 		return 0;
@@ -545,7 +571,7 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 
 	while (count && !ret) {
 		unsigned long n = nbdcow_leaf_span(block, count);
-		struct rw_semaphore *lock = shard(ov, block);
+		struct rw_semaphore *lock = shard_lock(ov, block);
 
 		down_write(lock);
 		ret = __zero_leaf(ov, block, n);
@@ -684,6 +710,8 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 		return ERR_PTR(-ENOMEM);
 	for (i = 0; i < NBDCOW_SHARDS; i++)
 		init_rwsem(&ov->shards[i].lock);
+	for (i = 0; i < NBDCOW_INSTALLERS; i++)
+		mutex_init(&ov->installers[i]);
 	mutex_init(&ov->mutex);
 	kref_init(&ov->kref);
 	INIT_WORK(&ov->event_work, event_work);

@@ -91,9 +91,14 @@ struct file *nbdcow_store_another(struct file *file)
  */
 void nbdcow_store_destroy(struct file *file)
 {
+	unsigned int noio;
+
 	if (!file)
 		return;
+	/* May read the first block back from swap, while I/O waits for us. */
+	noio = memalloc_noio_save();
 	shmem_truncate_range(file_inode(file), 0, (loff_t)-1);
+	memalloc_noio_restore(noio);
 	fput(file);
 }
 
@@ -149,58 +154,74 @@ bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait)
 	return false;
 }
 
-/* Swap I/O is needed to get at this block. */
-static bool swapped_out(struct file *file, u64 block)
+static gfp_t page_gfp(struct file *file, enum nbdcow_context context,
+		      bool stored)
 {
-	return xa_is_value(xa_load(&file->f_mapping->i_pages,
-				   block_index(block)));
+	gfp_t gfp = mapping_gfp_mask(file->f_mapping) &
+		    (__GFP_HIGHMEM | __GFP_MOVABLE);
+
+	gfp |= __GFP_NOMEMALLOC | __GFP_NOWARN;
+	/* What is stored must come back, also in a memory cgroup that is full. */
+	if (stored)
+		gfp |= __GFP_HIGH;
+
+	switch (context) {
+	case NBDCOW_NOWAIT:
+		return gfp | GFP_NOWAIT;
+	case NBDCOW_MAP:
+		return gfp | GFP_NOIO | __GFP_NORETRY;
+	default:
+		return gfp | GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	}
 }
 
 /**
  * nbdcow_store_get_locked() - find a block's page, or bring it into being
  * @file: the file
  * @block: the block
- * @nowait: do not sleep; -EAGAIN where that would be needed
- * @may_wait: swap I/O may be waited for. Not in map(), where it would wait for
- *	a bio that is only queued until map() returns.
+ * @context: what may be waited for
+ * @stored: the block is stored already
  *
  * A new page is zeroed and not yet dirty. The memory comes from whoever is the
  * active memory cgroup; running out of it is an error, never the OOM killer's
  * business.
  *
- * Context: under the block's shard lock, so that nobody removes the page.
- *	Sleeps unless @nowait; GFP_NOIO.
+ * In map() tmpfs must not be asked for a page that may be on swap: it would
+ * wait for a bio that is only queued until map() returns. So it is asked there
+ * only for blocks of which the file has no trace, and as long as the caller
+ * holds off other installers that cannot change.
+ *
+ * Context: under the block's shard lock, so that nobody removes the page, and
+ *	for new blocks under its installer lock; GFP_NOIO.
  * Return: the page, locked and with a reference, or as an ERR_PTR -ENOSPC,
- *	-ENOMEM, -EIO (a broken swap device or memory cell), -EAGAIN, or
- *	-EINPROGRESS for a block that is swapped out when not @may_wait.
+ *	-ENOMEM, -EIO (a broken swap device or memory cell), -EAGAIN in
+ *	NBDCOW_NOWAIT, or -EINPROGRESS where only NBDCOW_WORK can go on.
  */
-struct page *nbdcow_store_get_locked(struct file *file, u64 block, bool nowait,
-				     bool may_wait)
+struct page *nbdcow_store_get_locked(struct file *file, u64 block,
+				     enum nbdcow_context context, bool stored)
 {
 	struct address_space *mapping = file->f_mapping;
-	gfp_t gfp = nowait ? GFP_NOWAIT : GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	gfp_t gfp = page_gfp(file, context, stored);
+	pgoff_t index = block_index(block);
 	struct page *page;
 	unsigned int noio;
-
-	gfp |= (mapping_gfp_mask(mapping) & (__GFP_HIGHMEM | __GFP_MOVABLE)) |
-	       __GFP_NOMEMALLOC | __GFP_NOWARN;
 
 	for (;;) {
 		page = nbdcow_store_find(file, block);
 		if (!page) {
-			if (!may_wait && swapped_out(file, block))
+			if (context != NBDCOW_WORK &&
+			    xa_load(&mapping->i_pages, index))
 				return ERR_PTR(-EINPROGRESS);
 			noio = memalloc_noio_save();
-			page = shmem_read_mapping_page_gfp(mapping,
-							   block_index(block), gfp);
+			page = shmem_read_mapping_page_gfp(mapping, index, gfp);
 			memalloc_noio_restore(noio);
 			if (IS_ERR(page))
 				return page;
 		}
-		if (nbdcow_store_lock(file, page, nowait))
+		if (nbdcow_store_lock(file, page, context == NBDCOW_NOWAIT))
 			return page;
 		put_page(page);
-		if (nowait)
+		if (context == NBDCOW_NOWAIT)
 			return ERR_PTR(-EAGAIN);
 	}
 }
