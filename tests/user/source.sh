@@ -56,7 +56,8 @@ only_compat_knows_versions()
 
 every_file_has_a_licence()
 {
-	! grep -rL 'SPDX-License-Identifier: GPL-2.0-only' Kbuild Makefile kernel tools tests demo .ci
+	! grep -rL 'SPDX-License-Identifier: GPL-2.0-only' --exclude={config,settings} \
+		Kbuild Makefile kernel tools tests demo .ci
 }
 
 no_warning_in_documents()
