@@ -56,8 +56,12 @@ only_compat_knows_versions()
 
 every_file_has_a_licence()
 {
-	! grep -rL 'SPDX-License-Identifier: GPL-2.0-only' --exclude={config,settings} \
-		Kbuild Makefile kernel tools tests demo .ci
+	local without
+
+	without=$(grep -rL 'SPDX-License-Identifier: GPL-2.0-only' --exclude={config,settings} \
+		Kbuild Makefile kernel tools tests demo .ci)
+	echo "$without"
+	[ -z "$without" ]
 }
 
 no_warning_in_documents()
