@@ -92,6 +92,8 @@ static char *mounted_on(dev_t dev)
 	free(line);
 	if (mounts)
 		fclose(mounts);
+	if (where)
+		unescape_octal(where);
 	return where;
 }
 
@@ -217,14 +219,14 @@ static int open_base(const struct args *args, int lock_fd, struct base *base)
 static char *tmpfs_from_environment(void)
 {
 	const char *dir = getenv("TMPDIR");
-	char *full, word[PATH_MAX];
+	char *full, word[3 * PATH_MAX];
 	struct statfs fs;
 
 	if (!dir || !*dir)
 		return NULL;
 	full = realpath(dir, NULL);
 	if (!full || statfs(full, &fs) || fs.f_type != TMPFS_MAGIC ||
-	    quote_word(full, word, sizeof(word))) {
+	    percent_encode(full, word, sizeof(word))) {
 		warn("TMPDIR=%s is not on a tmpfs; what is written stays in memory, but not there",
 		     dir);
 		free(full);

@@ -289,8 +289,10 @@ int main(int argc, char **argv)
 	err = run_command(argv + optind, json, want_help);
 	if (fflush(stdout) && !err)
 		err = fail(-errno, "cannot write the output: %m");
-	/* A signal that came meanwhile was held back until all was undone. */
-	sigfillset(&all);
-	sigprocmask(SIG_UNBLOCK, &all, NULL);
+	/* The signal was held back until all was undone; a success it does not undo. */
+	if (err == -EINTR) {
+		sigfillset(&all);
+		sigprocmask(SIG_UNBLOCK, &all, NULL);
+	}
 	return exit_code(err);
 }

@@ -167,8 +167,8 @@ static int read_status(struct cow *cow)
 /* Runs @task, a DM_DEVICE_INFO, and fills @cow with all there is to know. */
 static int find(struct dm_task *task, struct cow *cow)
 {
+	char *mangled, *plain;
 	struct dm_info info;
-	char *plain;
 	int err;
 
 	memset(cow, 0, sizeof(*cow));
@@ -177,11 +177,13 @@ static int find(struct dm_task *task, struct cow *cow)
 		return err == -ENXIO ? -ENODEV : err;
 	if (!dm_task_get_info(task, &info) || !info.exists)
 		return -ENODEV;
-	snprintf(cow->mangled, sizeof(cow->mangled), "%s", dm_task_get_name(task));
+	mangled = dm_task_get_name_mangled(task);
+	snprintf(cow->mangled, sizeof(cow->mangled), "%s", mangled ?: dm_task_get_name(task));
 	plain = dm_task_get_name_unmangled(task);
 	snprintf(cow->name, sizeof(cow->name), "%s",
 		 plain && printable(plain) ? plain : cow->mangled);
 	snprintf(cow->path, sizeof(cow->path), "%s/%s", dm_dir(), cow->mangled);
+	free(mangled);
 	free(plain);
 	cow->major = info.major;
 	cow->minor = info.minor;

@@ -154,9 +154,10 @@ static void clear_away(const char *mangled)
 	}
 	free(path);
 	remove_file(mangled, "socket");
-	remove_file(mangled, "export");
 	remove_file(mangled, "conf");
 	remove_file(mangled, "pid");
+	/* Last, so that whoever is killed before can be asked to do it again. */
+	remove_file(mangled, "export");
 }
 
 /* Where to listen: a Unix socket, or a TCP port of one address. */
@@ -268,7 +269,7 @@ static int parse_listen(const struct cow *cow, const struct args *args, struct l
 		strcpy(listen->socket, full);
 	free(full);
 	if (!err)
-		err = quote_uri(listen->socket, quoted, sizeof(quoted));
+		err = percent_encode(listen->socket, quoted, sizeof(quoted));
 	snprintf(listen->uri, sizeof(listen->uri), "nbd+unix:///?socket=%s", quoted);
 	return err;
 }
@@ -327,7 +328,7 @@ static int spawn(const char *server, const struct cow *cow, const struct listen 
 		err = run(&run_server);
 	if (err > 0)
 		err = fail(-EIO, "cannot export %s: %s", cow->name,
-			   run_server.message[0] ? run_server.message : "the server gave no reason");
+			   run_server.message[0] ? run_server.message : "no reason given");
 	free(pid_file);
 	free(conf);
 	free(file);
@@ -408,8 +409,6 @@ int export_stop(const char *mangled, const char *name)
 	bool known = !access(path, F_OK) || server_runs(mangled);
 
 	free(path);
-	if (!known)
-		return fail(-ENODEV, "%s is not exported", name);
 	clear_away(mangled);
-	return 0;
+	return known ? 0 : fail(-ENODEV, "%s is not exported", name);
 }

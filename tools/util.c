@@ -58,8 +58,9 @@ const char *name_error(const char *name)
 		return "is empty";
 	if (strlen(name) >= NAME_BYTES)
 		return "is longer than 127 bytes";
-	if (strchr(name, '/'))
-		return "contains a slash";
+	/* libdevmapper would take a backslash for a byte written as \xNN. */
+	if (strpbrk(name, "/\\"))
+		return "contains a slash or backslash";
 	if (!printable(name))
 		return "contains a character that cannot be printed";
 	if (!strcmp(name, ".") || !strcmp(name, "..") || !strcmp(name, "control"))
@@ -156,7 +157,7 @@ int parse_port(const char *text)
 }
 
 /* @length bytes at @text, with every %XX replaced by the byte it stands for. */
-static int unquote_uri(const char *text, size_t length, char *out, size_t size)
+static int percent_decode(const char *text, size_t length, char *out, size_t size)
 {
 	size_t n = 0;
 
@@ -213,7 +214,7 @@ static int parse_host_port(const char *text, size_t length, struct nbd_uri *uri)
 	strcpy(uri->port, number);
 	if (host_end == text || *text == '-')
 		return -EINVAL;
-	return unquote_uri(text, host_end - text, uri->host, sizeof(uri->host));
+	return percent_decode(text, host_end - text, uri->host, sizeof(uri->host));
 }
 
 /*
@@ -245,7 +246,7 @@ int parse_nbd_uri(const char *text, struct nbd_uri *uri)
 		query += 1 + strlen(socket_key);
 		if (!*query || strchr(query, '&'))
 			return -EINVAL;
-		err = unquote_uri(query, strlen(query), uri->socket, sizeof(uri->socket));
+		err = percent_decode(query, strlen(query), uri->socket, sizeof(uri->socket));
 		query = strchrnul(text, '?');
 	} else {
 		err = *query ? -EINVAL : parse_host_port(text, path - text, uri);
@@ -254,29 +255,21 @@ int parse_nbd_uri(const char *text, struct nbd_uri *uri)
 		return err;
 	if (path < query)
 		path++;
-	return unquote_uri(path, query - path, uri->export, sizeof(uri->export));
+	return percent_decode(path, query - path, uri->export, sizeof(uri->export));
 }
 
-/* The next word of *@line, unescaped in place of @word; 0 at the end. */
+/* Copies the next word of *@line to @word. Return: 1, or 0 at the end, or -errno. */
 static int next_word(const char **line, char *word, size_t size)
 {
-	const char *s = *line;
-	size_t n = 0;
+	const char *start = *line + strspn(*line, " ");
+	size_t length = strcspn(start, " ");
 
-	while (isspace((unsigned char)*s))
-		s++;
-	if (!*s)
-		return 0;
-	for (; *s && !isspace((unsigned char)*s); s++) {
-		if (*s == '\\' && !*++s)
-			return -EINVAL;
-		if (n + 1 >= size)
-			return -ENAMETOOLONG;
-		word[n++] = *s;
-	}
-	word[n] = '\0';
-	*line = s;
-	return 1;
+	if (length >= size)
+		return -ENAMETOOLONG;
+	memcpy(word, start, length);
+	word[length] = '\0';
+	*line = start + length;
+	return length != 0;
 }
 
 static int next_number(const char **line, uint64_t *value)
@@ -291,38 +284,37 @@ static int next_number(const char **line, uint64_t *value)
 	return err ? err : *s ? -EINVAL : 0;
 }
 
-/* What device-mapper takes apart as one word again. */
-int quote_word(const char *word, char *out, size_t size)
+/* In place: the kernel shows a blank in a path as \040, and some others likewise. */
+void unescape_octal(char *text)
 {
-	size_t n = 0;
+	char *out = text;
 
-	for (; *word; word++) {
-		if (n + 3 > size)
-			return -ENAMETOOLONG;
-		if (isspace((unsigned char)*word) || *word == '\\')
-			out[n++] = '\\';
-		out[n++] = *word;
+	while (*text) {
+		unsigned int c;
+
+		if (*text == '\\' && sscanf(text + 1, "%3o", &c) == 1 && c && c < 256 &&
+		    strspn(text + 1, "01234567") >= 3) {
+			*out++ = c;
+			text += 4;
+		} else {
+			*out++ = *text++;
+		}
 	}
-	if (n >= size)
-		return -ENAMETOOLONG;
-	out[n] = '\0';
-	return 0;
+	*out = '\0';
 }
 
-/* Percent-encode all that means something in a URI. */
-int quote_uri(const char *text, char *out, size_t size)
+/* All but the characters that are plain in URIs and in table lines becomes %XX. */
+int percent_encode(const char *text, char *out, size_t size)
 {
 	size_t n = 0;
 
 	for (; *text; text++) {
 		unsigned char c = *text;
+		bool plain = isascii(c) && (isalnum(c) || strchr("/-._~", c));
 
-		if (n + 4 > size)
+		if (n + (plain ? 1 : 3) >= size)
 			return -ENAMETOOLONG;
-		if (isalnum(c) || strchr("/-._~", c))
-			out[n++] = c;
-		else
-			n += sprintf(out + n, "%%%02X", c);
+		n += sprintf(out + n, plain ? "%c" : "%%%02X", c);
 	}
 	if (n >= size)
 		return -ENAMETOOLONG;
@@ -333,7 +325,7 @@ int quote_uri(const char *text, char *out, size_t size)
 /* Features this version does not know are those of a newer module: skipped. */
 int parse_table(const char *params, struct cow_table *table)
 {
-	char word[PATH_MAX];
+	char word[3 * PATH_MAX];
 	int used = 0, err;
 
 	memset(table, 0, sizeof(*table));
@@ -345,8 +337,10 @@ int parse_table(const char *params, struct cow_table *table)
 		if (!strcmp(word, "limit")) {
 			err = next_number(&params, &table->limit_blocks);
 		} else if (!strcmp(word, "tmpfs")) {
-			err = next_word(&params, table->tmpfs, sizeof(table->tmpfs));
-			err = err > 0 ? 0 : -EINVAL;
+			err = next_word(&params, word, sizeof(word)) > 0 ? 0 : -EINVAL;
+			if (!err)
+				err = percent_decode(word, strlen(word), table->tmpfs,
+						     sizeof(table->tmpfs));
 		} else {
 			err = 0;
 		}
@@ -601,13 +595,13 @@ static void __attribute__((noreturn)) run_child(const struct run *run, int err_f
 	_exit(errno == ENOENT ? 127 : 126);
 }
 
-/* Keeps the last line that has something in it. */
+/* Keeps the last line that tells something; nbd-client ends with one that does not. */
 static void keep_last_line(struct run *run, char *text)
 {
 	char *save = NULL;
 
 	for (char *s = strtok_r(text, "\r\n", &save); s; s = strtok_r(NULL, "\r\n", &save))
-		if (*s)
+		if (*s && strcmp(s, "Exiting."))
 			snprintf(run->message, sizeof(run->message), "%s", s);
 }
 

@@ -168,6 +168,7 @@ wrong_arguments()
 	wants 2 'base= is given twice' create base=a base=b &&
 	wants 2 'the name "" is empty' remove '' &&
 	wants 2 'contains a slash' remove a/b &&
+	wants 2 'contains a slash or backslash' remove 'a\b' &&
 	wants 2 'cannot be printed' remove $'a\nb' &&
 	wants 2 'longer than 127 bytes' remove "$(printf %0128d 0)" &&
 	wants 2 'count as four' remove "$(printf '%032d' 0 | tr 0 ' ')" &&

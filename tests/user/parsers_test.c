@@ -43,10 +43,10 @@ static void test_names(void)
 {
 	static const char *const good[] = {
 		"cow", "a", "my disk", "Kopie\xc3\xa4", "\xe7\x89\x9b", "\xf0\x9f\x90\x84",
-		"x.y", "...", "a\\b", "-", "100%",
+		"x.y", "...", "-", "100%",
 	};
 	static const char *const bad[] = {
-		"", "a/b", "/", ".", "..", "control", "a\nb", "a\tb", "\x7f", "\xff", "\xc3",
+		"", "a/b", "/", "a\\b", "a\\x20b", ".", "..", "control", "a\nb", "a\tb", "\x7f", "\xff", "\xc3",
 		"\xc3(", "\xe7\x89", "\xc0\xaf", "\xf8\x88\x80\x80\x80", "\xc2\x9b",
 	};
 	char name[200], mangled[NAME_BYTES];
@@ -287,25 +287,28 @@ static void test_quoting(void)
 		char part[102] = "/";
 
 		strncat(part, every + start, 100);
-		EXPECT(!quote_uri(part, quoted, sizeof(quoted)), "quote_uri");
-		EXPECT(printable(quoted), "quote_uri");
+		EXPECT(!percent_encode(part, quoted, sizeof(quoted)), "percent_encode");
+		EXPECT(printable(quoted), "percent_encode");
 		sprintf(text, "nbd+unix:///?socket=%s", quoted);
 		EXPECT(!parse_nbd_uri(text, &uri) && !strcmp(uri.socket, part), quoted);
 	}
-	EXPECT(!quote_word(every, quoted, sizeof(quoted)), "quote_word");
+	EXPECT(!percent_encode(every, quoted, sizeof(quoted)), "percent_encode");
 	sprintf(line, "1:2 4 tmpfs %s limit 7", quoted);
 	EXPECT(!parse_table(line, &table), "the table");
 	EXPECT(!strcmp(table.tmpfs, every) && table.limit_blocks == 7, "the table");
+
+	strcpy(text, "/a\\040b\\134c\\09\\1\\");
+	unescape_octal(text);
+	EXPECT(!strcmp(text, "/a b\\c\\09\\1\\"), text);
 
 	for (size_t size = 1; size < 16; size++) {
 		char *out = malloc(size);
 
 		if (!out)
 			abort();
-		EXPECT(quote_word("a b\\c\nd", out, size) == (size < 12 ? -ENAMETOOLONG : 0) ||
-		       !strcmp(out, "a\\ b\\\\c\\\nd"), "quote_word in little room");
-		if (!quote_uri("a b%c", out, size))
-			EXPECT(!strcmp(out, "a%20b%25c"), "quote_uri in little room");
+		EXPECT(percent_encode("a b%c", out, size) == (size < 10 ? -ENAMETOOLONG : 0),
+		       "percent_encode in little room");
+		EXPECT(size < 10 || !strcmp(out, "a%20b%25c"), "percent_encode in little room");
 		free(out);
 	}
 	result("quoting");
@@ -315,14 +318,14 @@ static void test_tables(void)
 {
 	static const char *const bad[] = {
 		"", "43", "43:", "43:0x", ":0", "/dev/nbd0 0", "43:0 2 limit", "43:0 2 limit x",
-		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs \\", "43:0 2 limit 5\\",
+		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs %", "43:0 2 tmpfs /%0g", "43:0 2 tmpfs /%00",
 	};
 	struct cow_table table;
 
 	EXPECT(!parse_table("43:0 0", &table), "no features");
 	EXPECT(table.major == 43 && !table.minor, "no features");
 	EXPECT(table.limit_blocks == NO_LIMIT && !table.tmpfs[0], "no features");
-	EXPECT(!parse_table("259:1048575 4 limit 1048576 tmpfs /a\\ b", &table), "all features");
+	EXPECT(!parse_table("259:1048575 4 limit 1048576 tmpfs /a%20b", &table), "all features");
 	EXPECT(table.major == 259 && table.minor == 1048575, "all features");
 	EXPECT(table.limit_blocks == 1048576 && !strcmp(table.tmpfs, "/a b"), "all features");
 	EXPECT(!parse_table("43:0 3 later limit 1", &table), "features of a later version");
