@@ -43,7 +43,8 @@
  * purpose.
  *
  * Under REQ_NOWAIT every lock is tried, memory is asked for with GFP_NOWAIT,
- * and whatever would sleep ends the bio with BLK_STS_AGAIN.
+ * and whatever would sleep ends the bio with BLK_STS_AGAIN, unless a part of it
+ * is under way already.
  *
  * Locks, in order
  * ---------------
@@ -217,6 +218,16 @@ static void accept(struct bio *bio, unsigned int sectors)
 		dm_accept_partial_bio(bio, sectors);
 }
 
+/*
+ * Under REQ_NOWAIT only the last piece of a bio may become asynchronous. If a
+ * later one ended with an error, EAGAIN for one, then the whole would end in a
+ * context in which io_uring does not repeat it, but hands the EAGAIN on.
+ */
+static bool may_go_async(struct bio *bio, unsigned int sectors)
+{
+	return !(bio->bi_opf & REQ_NOWAIT) || sectors == bio_sectors(bio);
+}
+
 static int finish(struct bio *bio, int error)
 {
 	nbdcow_bio_complete(bio, error);
@@ -242,6 +253,8 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 		case NBDCOW_BASE:
 			if (done)
 				goto out;
+			if (!may_go_async(bio, n))
+				return finish(bio, -EAGAIN);
 			accept(bio, n);
 			remap(t, bio);
 			return DM_MAPIO_REMAPPED;
@@ -257,7 +270,10 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 			if (ret == -EINPROGRESS) {
 				if (done)
 					goto out;
-				accept(bio, piece.bytes >> SECTOR_SHIFT);
+				n = piece.bytes >> SECTOR_SHIFT;
+				if (!may_go_async(bio, n))
+					return finish(bio, -EAGAIN);
+				accept(bio, n);
 				return nbdcow_defer(t, bio);
 			}
 			if (ret)
@@ -275,18 +291,21 @@ out:
 /* WRITE, or the parts of blocks at the ends of a WRITE_ZEROES. */
 static int map_write(struct nbdcow_target *t, struct bio *bio)
 {
-	unsigned int total = bio_sectors(bio), done = 0;
+	unsigned int total = bio_sectors(bio), done = 0, n;
 	struct bvec_iter iter = bio->bi_iter;
 	struct nbdcow_piece piece;
 	int ret;
 
 	while (done < total) {
 		nbdcow_piece_init(&piece, t, bio, iter);
+		n = piece.bytes >> SECTOR_SHIFT;
 		ret = nbdcow_overlay_write(t->overlay, &piece);
 		if (ret == -ENODATA || ret == -EINPROGRESS) {
 			if (done)
 				break;
-			accept(bio, piece.bytes >> SECTOR_SHIFT);
+			if (!may_go_async(bio, n))
+				return finish(bio, -EAGAIN);
+			accept(bio, n);
 			if (ret == -EINPROGRESS)
 				return nbdcow_defer(t, bio);
 			nbdcow_rmw_submit(t, bio);
@@ -295,7 +314,7 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 		if (ret)
 			return finish(bio, ret);
 		iter = piece.iter;
-		done += piece.bytes >> SECTOR_SHIFT;
+		done += n;
 	}
 	accept(bio, done);
 	return finish(bio, 0);

@@ -71,19 +71,19 @@ static struct nbdcow_leaf *leaf_get(const struct nbdcow_map *map, u64 block)
 /**
  * nbdcow_map_create() - make a map with all blocks in state BASE
  * @nr_blocks: size of the device in blocks
+ * @gfp: how to allocate its table
  *
  * Context: process context, may sleep.
  * Return: the map or NULL when there is no memory for its table.
  */
-struct nbdcow_map *nbdcow_map_create(u64 nr_blocks)
+struct nbdcow_map *nbdcow_map_create(u64 nr_blocks, gfp_t gfp)
 {
 	u64 slots = DIV_ROUND_UP_ULL(nr_blocks, NBDCOW_LEAF_BLOCKS);
 	struct nbdcow_map *map;
 
 	if (slots >= (INT_MAX - sizeof(*map)) / sizeof(map->leaves[0]))
 		return NULL;
-	map = kvzalloc(struct_size(map, leaves, slots),
-		       GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+	map = kvzalloc(struct_size(map, leaves, slots), gfp | __GFP_NOWARN);
 	if (!map)
 		return NULL;
 	map->nr_blocks = nr_blocks;

@@ -50,7 +50,7 @@ struct nbdcow_map {
 int nbdcow_map_init(void);
 void nbdcow_map_exit(void);
 
-struct nbdcow_map *nbdcow_map_create(u64 nr_blocks);
+struct nbdcow_map *nbdcow_map_create(u64 nr_blocks, gfp_t gfp);
 void nbdcow_map_take_over(struct nbdcow_map *new, struct nbdcow_map *old);
 void nbdcow_map_destroy(struct nbdcow_map *map);
 size_t nbdcow_map_bytes(const struct nbdcow_map *map);

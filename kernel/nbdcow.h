@@ -155,6 +155,7 @@ struct file *nbdcow_store_another(struct file *file);
 void nbdcow_store_destroy(struct file *file);
 struct page *nbdcow_store_find(struct file *file, u64 block);
 bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);
+gfp_t nbdcow_gfp(enum nbdcow_context context);
 struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 				     enum nbdcow_context context, bool stored);
 void nbdcow_store_punch(struct file *file, u64 block, u64 count);

@@ -13,9 +13,9 @@
 
 #define DM_MSG_PREFIX "nbdcow"
 
-/* How often, and after how long, a write without memory tries again. */
-#define NBDCOW_NOMEM_TRIES	25
-#define NBDCOW_NOMEM_WAIT	(HZ / 50 + 1)
+/* How long a request without memory tries again, and how often. */
+#define NBDCOW_NOMEM_PATIENCE	(HZ / 2)
+#define NBDCOW_NOMEM_PAUSE	(HZ / 50 + 1)
 
 /* The most blocks that all overlays together may store, and do store. */
 unsigned long nbdcow_total_limit;
@@ -56,19 +56,20 @@ static void layer_destroy(struct nbdcow_layer *layer)
 }
 
 /* A layer around an empty @file, which it takes over, also when it fails. */
-static struct nbdcow_layer *layer_create(u64 nr_blocks, struct file *file)
+static struct nbdcow_layer *layer_create(u64 nr_blocks, struct file *file,
+					 gfp_t gfp)
 {
 	struct nbdcow_layer *layer;
 
 	if (IS_ERR(file))
 		return ERR_CAST(file);
-	layer = kzalloc(sizeof(*layer), GFP_KERNEL_ACCOUNT);
+	layer = kzalloc(sizeof(*layer), gfp);
 	if (!layer) {
 		nbdcow_store_destroy(file);
 		return ERR_PTR(-ENOMEM);
 	}
 	layer->file = file;
-	layer->map = nbdcow_map_create(nr_blocks);
+	layer->map = nbdcow_map_create(nr_blocks, gfp);
 	if (!layer->map) {
 		layer_destroy(layer);
 		return ERR_PTR(-ENOMEM);
@@ -366,8 +367,7 @@ static struct page *get_new(struct nbdcow_overlay *ov,
 			    struct nbdcow_layer *layer,
 			    struct nbdcow_piece *piece)
 {
-	gfp_t gfp = piece->context == NBDCOW_NOWAIT ?
-		    GFP_NOWAIT : GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	gfp_t gfp = nbdcow_gfp(piece->context) | __GFP_ACCOUNT;
 	struct mem_cgroup *old_memcg;
 	struct page *page;
 
@@ -376,8 +376,7 @@ static struct page *get_new(struct nbdcow_overlay *ov,
 		return ERR_PTR(-EDQUOT);
 
 	old_memcg = set_active_memcg(ov->memcg);
-	if (nbdcow_map_prepare(layer->map, piece->block,
-			       gfp | __GFP_ACCOUNT | __GFP_NOWARN))
+	if (nbdcow_map_prepare(layer->map, piece->block, gfp))
 		page = ERR_PTR(-ENOMEM);
 	else
 		page = nbdcow_store_get_locked(layer->file, piece->block,
@@ -495,6 +494,8 @@ int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
  * @piece: which bytes
  * @action: nbdcow_overlay_read() or nbdcow_overlay_write()
  *
+ * Once patience was in vain, nobody has any until a new block could be stored.
+ *
  * Context: process context, not in map(); sleeps.
  * Return: as @action.
  */
@@ -502,13 +503,16 @@ int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
 			int (*action)(struct nbdcow_overlay *ov,
 				      struct nbdcow_piece *piece))
 {
-	unsigned int tries = NBDCOW_NOMEM_TRIES;
+	unsigned long patience = READ_ONCE(ov->store_full) ?
+				 0 : NBDCOW_NOMEM_PATIENCE;
+	unsigned long end = jiffies + patience;
 	int ret;
 
 	piece->context = NBDCOW_WORK;
-	while ((ret = action(ov, piece)) == -ENOMEM && --tries) {
+	while ((ret = action(ov, piece)) == -ENOMEM &&
+	       time_before(jiffies, end)) {
 		/* kswapd can do what GFP_NOIO cannot: swap out. */
-		schedule_timeout_uninterruptible(NBDCOW_NOMEM_WAIT);
+		schedule_timeout_uninterruptible(NBDCOW_NOMEM_PAUSE);
 	}
 	if (ret == -ENOMEM && piece->new_block)
 		note_refused(ov, ret);
@@ -534,8 +538,7 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 		/* Must work in a full memory cgroup too: it frees memory. */
 		old_memcg = set_active_memcg(ov->memcg);
 		ret = nbdcow_map_prepare(layer->map, block,
-					 GFP_NOIO | __GFP_RETRY_MAYFAIL |
-					 __GFP_ACCOUNT | __GFP_NOWARN);
+					 nbdcow_gfp(NBDCOW_WORK) | __GFP_ACCOUNT);
 		set_active_memcg(old_memcg);
 		if (ret)
 			ret = nbdcow_map_prepare(layer->map, block, GFP_NOIO);
@@ -601,17 +604,16 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 {
 	struct nbdcow_layer *old, *new;
-	struct mem_cgroup *old_memcg;
 	unsigned int noio;
 
 	mutex_lock(&ov->mutex);
 	old = layer_of(ov);
-	old_memcg = set_active_memcg(ov->memcg);
 	/* A suspend may be waiting for this message while I/O waits for it. */
 	noio = memalloc_noio_save();
-	new = layer_create(old->map->nr_blocks, nbdcow_store_another(old->file));
+	/* Charged to nobody: the owner's memory cgroup may be full. */
+	new = layer_create(old->map->nr_blocks, nbdcow_store_another(old->file),
+			   GFP_KERNEL);
 	memalloc_noio_restore(noio);
-	set_active_memcg(old_memcg);
 	if (IS_ERR(new)) {
 		mutex_unlock(&ov->mutex);
 		return PTR_ERR(new);
@@ -634,7 +636,7 @@ static int overlay_grow(struct nbdcow_overlay *ov, u64 nr_blocks)
 	struct nbdcow_layer *old, *new = kzalloc(sizeof(*new), GFP_KERNEL_ACCOUNT);
 
 	if (new)
-		new->map = nbdcow_map_create(nr_blocks);
+		new->map = nbdcow_map_create(nr_blocks, GFP_KERNEL_ACCOUNT);
 	if (!new || !new->map) {
 		kfree(new);
 		return -ENOMEM;
@@ -724,7 +726,8 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 			return ERR_PTR(-ENOMEM);
 		}
 	}
-	layer = layer_create(nr_blocks, nbdcow_store_create(tmpfs_dir, error));
+	layer = layer_create(nr_blocks, nbdcow_store_create(tmpfs_dir, error),
+			     GFP_KERNEL_ACCOUNT);
 	if (IS_ERR(layer)) {
 		overlay_free(ov);
 		return ERR_CAST(layer);

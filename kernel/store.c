@@ -154,16 +154,18 @@ bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait)
 	return false;
 }
 
-static gfp_t page_gfp(struct file *file, enum nbdcow_context context,
-		      bool stored)
+/**
+ * nbdcow_gfp() - how to allocate in the I/O path
+ * @context: what may be waited for
+ *
+ * Never the OOM killer, never the reserves for those who free memory.
+ *
+ * Context: any.
+ * Return: the flags.
+ */
+gfp_t nbdcow_gfp(enum nbdcow_context context)
 {
-	gfp_t gfp = mapping_gfp_mask(file->f_mapping) &
-		    (__GFP_HIGHMEM | __GFP_MOVABLE);
-
-	gfp |= __GFP_NOMEMALLOC | __GFP_NOWARN;
-	/* What is stored must come back, also in a memory cgroup that is full. */
-	if (stored)
-		gfp |= __GFP_HIGH;
+	gfp_t gfp = __GFP_NOMEMALLOC | __GFP_NOWARN;
 
 	switch (context) {
 	case NBDCOW_NOWAIT:
@@ -201,10 +203,15 @@ struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 				     enum nbdcow_context context, bool stored)
 {
 	struct address_space *mapping = file->f_mapping;
-	gfp_t gfp = page_gfp(file, context, stored);
+	gfp_t gfp = nbdcow_gfp(context) | (mapping_gfp_mask(mapping) &
+					   (__GFP_HIGHMEM | __GFP_MOVABLE));
 	pgoff_t index = block_index(block);
 	struct page *page;
 	unsigned int noio;
+
+	/* What is stored must come back, also in a memory cgroup that is full. */
+	if (stored)
+		gfp |= __GFP_HIGH;
 
 	for (;;) {
 		page = nbdcow_store_find(file, block);

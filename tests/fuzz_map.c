@@ -253,7 +253,7 @@ static void check_uniform(u64 block, u64 count, enum nbdcow_state state)
 static void grow(u64 by)
 {
 	bool fails = shim_fail_alloc == 1;
-	struct nbdcow_map *new = nbdcow_map_create(fuzz.nr_blocks + by);
+	struct nbdcow_map *new = nbdcow_map_create(fuzz.nr_blocks + by, GFP_KERNEL);
 
 	expect(!new == fails);
 	if (!new)
@@ -319,7 +319,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	/* as many small devices as large ones */
 	fuzz.nr_blocks = 1 + (next_number(MAX_BLOCKS) >> next_byte() % 18);
 	expect(!nbdcow_map_init());
-	fuzz.map = nbdcow_map_create(fuzz.nr_blocks);
+	fuzz.map = nbdcow_map_create(fuzz.nr_blocks, GFP_KERNEL);
 	expect(fuzz.map);
 	while (fuzz.data < fuzz.end)
 		step();

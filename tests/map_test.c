@@ -47,7 +47,7 @@ static u64 random_number(u64 *state)
 
 static struct nbdcow_map *new_map(u64 nr_blocks)
 {
-	struct nbdcow_map *map = nbdcow_map_create(nr_blocks);
+	struct nbdcow_map *map = nbdcow_map_create(nr_blocks, GFP_KERNEL);
 
 	if (!map) {
 		printf("Bail out! no memory for a map\n");
@@ -297,7 +297,7 @@ static void test_sizes(void)
 	nbdcow_map_destroy(map);
 
 	/* the most that a sector_t can say: too much memory, not a small table */
-	check(!nbdcow_map_create(1ULL << 61), "a map of 2^61 blocks was made");
+	check(!nbdcow_map_create(1ULL << 61, GFP_KERNEL), "a map of 2^61 blocks was made");
 }
 
 /* Discarding all of a device takes no more memory than a fresh map. */
@@ -377,7 +377,7 @@ static void test_no_memory(void)
 		failed = true;
 		if (nbdcow_map_init())
 			continue;
-		map = nbdcow_map_create(3 * LEAF);
+		map = nbdcow_map_create(3 * LEAF, GFP_KERNEL);
 		failed = !map;
 		for (i = 0; i < 3 && map; i++) {
 			u64 leaves = atomic_long_read(&map->nr_leaves);
