@@ -8,6 +8,7 @@
 
 fixture()
 {
+	make_brd 32768
 	base=$REPLY
 }
 
