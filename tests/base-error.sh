@@ -1,0 +1,288 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# If this fails, a broken network or disk costs more than the reads that need
+# it: changes are lost, errors turn into zeroes, or the device stays broken.
+
+. "$(dirname "$0")/common.sh"
+
+COW=/dev/mapper/test-cow
+# What is changed while the base works, on a device of 4 MiB.
+CHANGE=('write 0 64k A' 'discard 128k 64k' 'write 385s 1s B' 'write 2M 4k A')
+
+# The whole base fails: what goes on and what does not.
+while_base_fails()
+{
+	local before
+
+	io $COW 'check 0 64k A' 'check 128k 64k 0' 'check 2M 4k A' 'is 192k .B......' \
+		'fails EIO check 1M 4k .'
+	status_is test-cow health=base-error used=18 refused=0
+	before=$(field test-cow errors)
+	io $COW 'fails EIO check 1M 4k .'
+	status_is test-cow errors=$((before + 1))
+
+	# reads of many blocks, the stored ones in front and in the middle
+	io $COW 'fails EIO check 1M 64k .' 'fails EIO check 60k 8k ?' 'fails EIO check 2044k 12k ?'
+	status_is test-cow errors=$((before + 5))
+	io $COW 'fails EIO write 300k 512 X' 'fails EIO write 305k 1k X' \
+		'fails EIO zeroout 310k 512' 'fails EIO write 319k 2k X' \
+		'fails EIO write 2047k 1k X'
+	between 'base read errors' "$(field test-cow errors)" $((before + 11)) $((before + 20))
+
+	io $COW 'write 0 512 C' 'is 0 CAAAAAAA' 'write 132k 512 C' 'is 132k C0000000' \
+		'write 512k 64k C' 'check 512k 64k C' 'write 513k 512 D' 'is 512k CCDCCCCC' \
+		'discard 600k 8k' 'check 600k 8k 0' 'zeroout 608k 4k' 'write 600k 512 C' flush
+	status_is test-cow health=base-error used=36 refused=0
+	before=$(field test-cow errors)
+	io $COW 'check 512k 4k ?' 'check 600k 12k ?'
+	status_is test-cow errors="$before"
+}
+
+# All of it after that, the base being back; and what failed works.
+after_base_failed()
+{
+	io $COW 'is 0 CAAAAAAA' 'check 4k 60k A' 'check 64k 64k .' 'check 128k 4k 0' \
+		'is 132k C0000000' 'check 136k 56k 0' 'is 192k .B......' 'check 196k 316k .' \
+		'is 512k CCDCCCCC' 'check 516k 60k C' 'check 576k 24k .' 'is 600k C0000000' \
+		'check 604k 8k 0' 'check 612k 1436k .' 'check 2M 4k A' 'check 2052k end .'
+	status_is test-cow health=ok used=36 refused=0
+	io $COW 'write 300k 512 X' 'is 300k X.......' 'write 319k 2k X' 'is 316k ......XXXX......'
+	status_is test-cow health=ok used=39
+}
+
+errors_of_a_disk()
+{
+	make_brd 4096
+	make_dm test-under '0 8192 linear /dev/ram0 0'
+	make_cow test-cow 8192 "$REPLY"
+	io $COW "${CHANGE[@]}" 'load test-under 8192 error' 'resume test-under'
+	while_base_fails
+	io $COW 'load test-under 8192 linear /dev/ram0 0' 'resume test-under'
+	after_base_failed
+}
+
+# A bad spot in the middle: only who needs it gets the error, and a whole
+# write covers it for good.
+one_bad_block()
+{
+	make_brd 4096
+	make_dm test-under $'0 24 linear /dev/ram0 0\n24 8 error\n32 8160 linear /dev/ram0 32'
+	make_cow test-cow 8192 "$REPLY"
+	io $COW 'check 0 12k .' 'check 16k end .'
+	status_is test-cow health=ok errors=0
+	io $COW 'fails EIO check 0 64k .'
+	status_is test-cow health=base-error errors=1
+	io $COW 'check 16k 4k .'
+	status_is test-cow health=ok errors=1
+	# the error of one block is no concern of its neighbours
+	io $COW 'fails EIO submit write 25s 1s A' 'submit write 23s 1s A' 'submit write 33s 1s A' \
+		reap 'is 16s .......A' 'is 32s .A......' 'fails EIO check 12k 4k .'
+	status_is test-cow used=2 errors=3
+	io $COW 'write 12k 4k B' 'is 16s .......ABBBBBBBB.A......' 'check 20k end .' \
+		'write 25s 1s C' 'is 24s BCBBBBBB'
+	status_is test-cow health=ok used=3 errors=3
+}
+
+# A base on an NBD server, of which another copy stays.
+start_server()
+{
+	rm -f "$work/socket" "$work/socket.pid"
+	start_nbdkit "$work/socket" -r file "$work/base4194304"
+}
+
+kill_server()
+{
+	local pid
+
+	pid=$(<"$work/socket.pid")
+	kill -KILL "$pid"
+	wait_until 10 test ! -d "/proc/$pid"
+}
+
+# nbd-client cannot connect a device anew while it is in use, so what comes back
+# is another one behind the same device-mapper device.
+killed_server()
+{
+	need nbdkit nbd-client
+	make_loop_base 4194304
+	start_server
+	make_nbd "$work/socket"
+	make_dm test-under "0 8192 linear $REPLY 0"
+	make_cow test-cow 8192 "$REPLY"
+	io $COW "${CHANGE[@]}"
+	status_is test-cow health=ok errors=0
+	kill_server
+	while_base_fails
+	start_server
+	make_nbd "$work/socket"
+	io $COW "load test-under 8192 linear $REPLY 0" 'resume test-under'
+	after_base_failed
+}
+
+# The other cure: a table that names another device with the same content.
+killed_server_replaced()
+{
+	local other
+
+	need nbdkit nbd-client
+	make_loop_base 4194304
+	start_nbdkit "$work/other" -r file "$work/base4194304"
+	make_nbd "$work/other"
+	other=$REPLY
+	start_server
+	make_nbd "$work/socket"
+	make_cow test-cow 8192 "$REPLY"
+	io $COW "${CHANGE[@]}"
+	kill_server
+	while_base_fails
+	reload test-cow 8192 "$other"
+	after_base_failed
+}
+
+# One that does not answer any more: only the reads of it wait, and with a
+# timeout they end.
+hung_server()
+{
+	local pid
+
+	need nbdkit nbd-client
+	make_loop_base 4194304
+	start_server
+	pid=$(<"$work/socket.pid")
+	make_nbd "$work/socket" -timeout 2
+	make_cow test-cow 8192 "$REPLY"
+	io $COW "${CHANGE[@]}"
+	undo kill -CONT "$pid"
+	kill -STOP "$pid"
+	io $COW 'fails EIO submit write 300k 512 X' 'bg fails EIO check 1M 64k .' \
+		'check 0 64k A' 'write 512k 64k C' 'write 2M 512 C' 'discard 600k 8k' \
+		'is 2M CAAAAAAA' 'check 512k 64k C' 'check 600k 8k 0' 'pending 2' reap join
+	status_is test-cow health=base-error used=34
+	between 'base read errors' "$(field test-cow errors)" 2 20
+}
+
+# told MESSAGE: a table was refused for this reason
+told()
+{
+	[[ $(kernel_log) == *"nbdcow: $1"* ]] || fail "the kernel did not say '$1'"
+}
+
+read_only()
+{
+	make_brd 1024
+	blockdev --setro "$REPLY"
+	undo blockdev --setrw /dev/ram0
+	make_cow test-cow 2048 "$REPLY"
+	io $COW 'write 0 4k A' 'write 9s 1s A' 'discard 8k 4k' 'zeroout 25s 1s' flush 'is 0 AAAAAAAA' \
+		'is 8s .A......' 'check 8k 4k 0' 'is 24s .0......' 'check 16k end .'
+	status_is test-cow health=ok used=3 errors=0
+}
+
+read_only_loop()
+{
+	local file
+
+	make_loop_base 1048576
+	file=$work/base1048576
+	make_loop "$file" -r
+	guard "$REPLY"
+	is 'its read-only flag' "$(blockdev --getro "$REPLY")" 1
+	make_cow test-cow 2048 "$REPLY"
+	io $COW 'write 0 4k A' 'write 9s 1s A' 'discard 8k 4k' 'zeroout 25s 1s' flush 'is 0 AAAAAAAA' \
+		'is 8s .A......' 'check 8k 4k 0' 'is 24s .0......' 'check 16k end .'
+	status_is test-cow health=ok used=3 errors=0
+}
+
+# resize LOOP BYTES: of its file
+resize()
+{
+	truncate -s "$2" "$work/base4194304"
+	losetup -c "$1"
+	is "bytes of $1" "$(blockdev --getsize64 "$1")" "$2"
+}
+
+shrunk()
+{
+	local dev
+
+	make_loop_base 4194304
+	dev=$REPLY
+	# longer than the base
+	make_cow test-cow 10240 "$dev"
+	io $COW 'write 3M 4k A' 'discard 3080k 4k' 'check 4M 1M 0'
+	unguard "$dev"
+	resize "$dev" 2097152
+	# said before anybody read there
+	status_is test-cow health=base-error errors=0 used=1
+	io $COW 'check 0 2M .' 'fails EIO check 2M 4k ?' 'fails EIO check 3M 64k ?' \
+		'fails EIO check 2044k 8k ?' 'fails EIO check 4092k 4k ?' \
+		'fails EIO write 2560k 512 X' 'check 3M 4k A' 'check 3080k 4k 0' 'check 4M 1M 0'
+	between 'base read errors' "$(field test-cow errors)" 5 10
+	io $COW 'check 2040k 8k .' 'write 2M 4k B' 'write 2M 512 C' 'is 2M CBBBBBBB' \
+		'write 1M 512 B' 'is 1M B.......' 'write 4M 512 B' 'is 4M B0000000'
+	status_is test-cow health=base-error used=4
+
+	fails dmsetup load test-cow --table "0 10240 nbdcow $dev"
+	told "The base device is smaller than the overlay's base was"
+
+	# what comes back need not be what was there, but it is there
+	resize "$dev" 4194304
+	io $COW 'check 0 1M .' 'check 2052k 4k 0' 'is 2M CBBBBBBB' 'check 3M 4k A'
+	status_is test-cow health=ok used=4
+	reload test-cow 10240 "$dev"
+	io $COW 'is 2M CBBBBBBB' 'is 1M B.......' 'check 3M 4k A' 'check 3080k 4k 0'
+}
+
+# Not one that shrank, but another device.
+smaller_base()
+{
+	local dev
+
+	make_loop_base 4194304
+	dev=$REPLY
+	make_cow test-cow 8192 "$dev"
+	io $COW 'write 0 4k A' 'write 3M 4k A'
+	make_loop_base 4190208
+	fails dmsetup load test-cow --table "0 8192 nbdcow $REPLY"
+	told "The base device is smaller than the overlay's base was"
+	io $COW 'write 4k 4k B' 'check 0 4k A' 'check 4k 4k B' 'check 8k 64k .' 'check 3M 4k A' \
+		'check 4092k 4k .'
+	status_is test-cow health=ok used=3
+	# a larger one changes nothing that can be seen
+	make_loop_base 8388608
+	reload test-cow 16384 "$REPLY"
+	io $COW 'check 0 4k A' 'check 8k 3064k .' 'check 4092k 4k .' 'check 4M 4M 0'
+}
+
+not_connected()
+{
+	local dev
+
+	need_module nbd
+	for dev in /sys/block/nbd*; do
+		[ -e "$dev/pid" ] || break
+	done
+	dev=/dev/${dev##*/}
+	is "bytes of $dev" "$(blockdev --getsize64 "$dev")" 0
+	fails dmsetup create test-cow --table "0 8 nbdcow $dev"
+	told 'The base device is empty or not connected'
+	# and as the next base of an overlay that has one
+	make_brd 1024
+	make_cow test-cow 2048 "$REPLY"
+	io $COW 'write 0 4k A'
+	fails dmsetup load test-cow --table "0 2048 nbdcow $dev"
+	io $COW 'check 0 4k A' 'check 4k end .'
+}
+
+run_tests \
+	errors_of_a_disk 'a base that fails as a whole, and works again' \
+	one_bad_block 'a base with one bad block' \
+	killed_server 'an NBD server that is killed and started anew' \
+	killed_server_replaced 'an NBD server that is killed and replaced' \
+	hung_server 'an NBD server that does not answer' \
+	read_only 'a read-only disk' \
+	read_only_loop 'a read-only loop device' \
+	shrunk 'a base that shrinks' \
+	smaller_base 'a table with a smaller base' \
+	not_connected 'an NBD device that is not connected'
