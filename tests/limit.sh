@@ -8,7 +8,7 @@
 
 fixture()
 {
-	make_brd 32768
+	make_brd 1024
 	base=$REPLY
 }
 
