@@ -1,0 +1,1581 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * fuzz - random operations on a device of nbdcow, against a model that knows
+ * what each read may see
+ *
+ * The run is made of rounds, each with a device, a seed and a mixture of
+ * operations of its own: direct I/O (vectors, odd alignments, with and without
+ * RWF_NOWAIT), io_uring, buffered I/O, discards, zeroing, flushes; and from one
+ * more thread suspend, resume, reset, limits, and tables with another limit,
+ * another base or another size.
+ *
+ * The model
+ * ---------
+ * For each sector there is a list of the writes that may have been the last
+ * one; zeroing, a discard and a reset count as writes. A write is in the list
+ * from its start. When it ends well, those that had ended before it began are
+ * gone: it has overwritten them. A write that fails may have been done for
+ * some blocks, except that one of a single block changes nothing.
+ *
+ * A read may see any write that was in the list at some time during the read.
+ * Having seen one, it rules out the others that had ended before the read
+ * began. A sector that was being written during the read may be torn: then
+ * each of its words must come from one of these writes.
+ *
+ * Buffered I/O has a part of the device for itself, and a model of its own,
+ * with the values that the page cache should have.
+ *
+ * With one thread the order is certain and a failing stream can be played
+ * again: it is shortened, and printed as commands of tests/io.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <liburing.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "dmctl.h"
+#include "stamp.h"
+
+#define NAME "nbdcow-fuzz"
+#define KIB(n) ((uint64_t)(n) * 2)	/* in sectors */
+#define MIB(n) ((uint64_t)(n) * 2048)
+
+#define LONGEST 2048		/* sectors of an operation */
+#define WRITES 64		/* writes in a sector's list */
+#define RING 8			/* io_uring requests of a thread */
+#define THREADS 16
+#define ACTIVE (THREADS * (RING + 2))
+#define HISTORY 16384		/* operations to tell about when one fails */
+#define SINGLE_OPS 400		/* operations of a round with one thread */
+#define HANG 120		/* seconds after which a round counts as hung */
+
+static const uint64_t sizes[] = { MIB(65), MIB(96), MIB(129) };	/* of the device */
+
+/*
+ * The parts of the device that are used: where the base begins, where a leaf
+ * of the map ends (64 MiB), around the end of the base, and where only growth
+ * leads to. The last one is for buffered I/O.
+ */
+static const struct window {
+	uint64_t first;		/* sector */
+	uint64_t sectors;
+	unsigned int index;	/* of its first sector in the model */
+} windows[] = {
+	{ 0, MIB(1), 0 },
+	{ MIB(64) - KIB(256), MIB(1), MIB(1) },
+	{ MIB(128) - KIB(128), KIB(256), MIB(2) },
+	{ MIB(2), KIB(512), MIB(2) + KIB(256) },
+};
+#define WINDOWS 4
+#define BUFFERED 3
+#define MODEL (MIB(2) + KIB(768))
+
+enum kind {
+	READ, WRITE, DISCARD, ZEROOUT, PUNCH, ZERORANGE, FLUSH,
+	RESET, LIMIT, SUSPEND, RELOAD, CLEAR_ALL,
+};
+
+enum { NOWAIT = 1, URING = 2, VECTOR = 4, DSYNC = 8 };
+
+struct op {
+	enum kind kind;
+	unsigned int flags;
+	unsigned int window;	/* of a data operation; it never leaves it */
+	uint64_t sector;	/* of the device */
+	uint64_t count;		/* sectors */
+	uint32_t tag;		/* of a write */
+	unsigned int shift;	/* bytes by which the memory is misaligned */
+	long limit;		/* blocks, 0 for none: LIMIT and RELOAD */
+	unsigned int base;	/* which one: RELOAD */
+	bool grow;		/* RELOAD */
+	uint64_t start, end;	/* on the model's clock; end 0: not ended */
+	int result;
+	unsigned int thread;
+	unsigned int number;	/* in the history */
+	unsigned int slot;	/* in the list of active operations */
+	char *memory;		/* what buffer is in */
+	char *buffer;
+	struct iovec iov[4];
+	int iovs;
+};
+
+/* A write that may have been the last one of its sector. */
+struct write {
+	uint64_t start, end;	/* end is UINT64_MAX until it ends */
+	uint64_t gone;		/* when it was overwritten, or UINT64_MAX */
+	uint32_t tag;
+};
+
+static struct sector {
+	unsigned int n;
+	struct write writes[WRITES];
+} *model;
+static bool touched[MODEL / SECTORS_PER_BLOCK];	/* written to in this round */
+static pthread_mutex_t model_lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t now;		/* the clock: counts starts and ends */
+static uint64_t active[ACTIVE];	/* starts of the operations under way, or 0 */
+static struct op history[HISTORY];
+static unsigned int nr_history;
+static uint64_t limited_until;	/* no write may fail for space that begins later */
+static uint32_t next_tag;
+
+/* The round. */
+static struct {
+	uint64_t seed;
+	unsigned int number;
+	unsigned int ops;	/* of each thread */
+	uint64_t hot;		/* sectors at the start of a window that most use */
+	unsigned int percent_hot;
+	bool buffered;
+	bool limits;
+	bool control;
+	bool nowait;
+	bool big;		/* operations of up to LONGEST sectors */
+	uint64_t sectors;	/* of the device now */
+	unsigned int base;
+	long limit;
+} cfg;
+
+static struct {
+	uint64_t seed;
+	unsigned int seconds, threads, rounds;
+	bool vm;
+	char **bases;
+	unsigned int nr_bases;
+} opt = { .seconds = 60, .threads = 4 };
+
+static uint64_t base_sectors;
+static int fd = -1;		/* the device, O_DIRECT */
+static int cached_fd = -1;	/* the same without */
+static volatile bool stopping;
+static uint64_t total_ops;
+static bool quiet;		/* a failure is no news: the stream is being shortened */
+
+/*
+ * Buffered I/O: read-locked by who does it, write-locked by who changes the
+ * device behind the back of the page cache.
+ */
+static pthread_rwlock_t cache_lock = PTHREAD_RWLOCK_INITIALIZER;
+
+/*
+ * Chance
+ */
+
+struct rng {
+	uint64_t state;
+};
+
+static uint64_t next_random(struct rng *rng)
+{
+	uint64_t z = (rng->state += 0x9e3779b97f4a7c15ULL);
+
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+	return z ^ (z >> 31);
+}
+
+static uint64_t below(struct rng *rng, uint64_t n)
+{
+	return next_random(rng) % n;
+}
+
+static bool percent(struct rng *rng, unsigned int n)
+{
+	return below(rng, 100) < n;
+}
+
+/*
+ * Telling
+ */
+
+static const char *const kind_names[] = {
+	"check", "write", "discard", "zeroout", "punch", "zerorange", "flush",
+	"reset", "limit", "suspend", "reload", "clear-all",
+};
+
+static void print_op(const struct op *op)
+{
+	printf("%s", kind_names[op->kind]);
+	switch (op->kind) {
+	case FLUSH:
+	case RESET:
+	case SUSPEND:
+	case CLEAR_ALL:
+		break;
+	case LIMIT:
+		printf(" %ld", op->limit);
+		break;
+	case RELOAD:
+		printf(" base %u, limit %ld%s", op->base, op->limit, op->grow ? ", longer" : "");
+		break;
+	default:
+		printf(" %" PRIu64 "s %" PRIu64 "s", op->sector, op->count);
+		if (op->kind == WRITE)
+			printf(" tag %u", op->tag);
+		if (op->flags)
+			printf(" (%s%s%s%s )", op->flags & URING ? " io_uring" : "",
+			       op->flags & NOWAIT ? " nowait" : "",
+			       op->flags & VECTOR ? " vector" : "",
+			       op->flags & DSYNC ? " dsync" : "");
+	}
+}
+
+static void print_replay(void)
+{
+	unsigned int i;
+
+	printf("# again: fuzz --seed %" PRIu64 " --rounds 1 --threads %u%s", cfg.seed,
+	       opt.threads, opt.vm ? " --vm" : "");
+	for (i = 0; i < opt.nr_bases; i++)
+		printf(" %s", opt.bases[i]);
+	printf("\n");
+}
+
+static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt, ...)
+{
+	va_list args;
+
+	flockfile(stdout);
+	printf("# round %u: ", cfg.number);
+	va_start(args, fmt);
+	vprintf(fmt, args);
+	va_end(args);
+	printf("\n");
+	print_replay();
+	fflush(stdout);
+	_exit(1);
+}
+
+/*
+ * The model. All of it is called with model_lock held.
+ */
+
+static uint32_t initial_tag(uint64_t sector)
+{
+	return sector < base_sectors ? TAG_BASE : TAG_ZERO;
+}
+
+static struct sector *model_of(uint64_t sector)
+{
+	unsigned int i;
+
+	for (i = 0; i < WINDOWS; i++)
+		if (sector - windows[i].first < windows[i].sectors)
+			return &model[windows[i].index + sector - windows[i].first];
+	return NULL;
+}
+
+static void model_reset(void)
+{
+	unsigned int i;
+	uint64_t s;
+
+	memset(touched, 0, sizeof(touched));
+	memset(active, 0, sizeof(active));
+	for (i = 0; i < WINDOWS; i++) {
+		for (s = 0; s < windows[i].sectors; s++) {
+			struct sector *sector = &model[windows[i].index + s];
+
+			sector->n = 1;
+			sector->writes[0] = (struct write){
+				.gone = UINT64_MAX, .tag = initial_tag(windows[i].first + s),
+			};
+		}
+	}
+}
+
+static uint64_t oldest_active(void)
+{
+	uint64_t oldest = UINT64_MAX;
+	unsigned int i;
+
+	for (i = 0; i < ACTIVE; i++)
+		if (active[i] && active[i] < oldest)
+			oldest = active[i];
+	return oldest;
+}
+
+/* Forgets what nobody who is under way can have seen. */
+static void forget(struct sector *sector, uint64_t oldest)
+{
+	unsigned int i, n = 0;
+
+	for (i = 0; i < sector->n; i++)
+		if (sector->writes[i].gone >= oldest)
+			sector->writes[n++] = sector->writes[i];
+	sector->n = n;
+}
+
+/* What of the range the operation changes. Returns: false for nothing. */
+static bool changed_range(const struct op *op, uint64_t *first, uint64_t *last)
+{
+	*first = op->sector;
+	*last = op->sector + op->count;
+	switch (op->kind) {
+	case WRITE:
+	case ZEROOUT:
+	case PUNCH:
+	case ZERORANGE:
+		break;
+	case DISCARD:
+		*first = (*first + SECTORS_PER_BLOCK - 1) / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+		*last = *last / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+		break;
+	default:
+		return false;
+	}
+	return *first < *last;
+}
+
+static void sector_begin(struct sector *sector, const struct op *op, uint32_t tag)
+{
+	sector->writes[sector->n++] = (struct write){
+		.start = op->start, .end = UINT64_MAX, .gone = UINT64_MAX, .tag = tag,
+	};
+}
+
+/* Every window but the one for buffered I/O. */
+static bool whole_device(const struct op *op)
+{
+	return op->kind == RESET || op->kind == CLEAR_ALL;
+}
+
+static bool room_for(const struct op *op, uint64_t oldest)
+{
+	uint64_t first, last, s;
+	struct sector *sector;
+
+	if (whole_device(op)) {
+		first = 0;
+		last = windows[BUFFERED].index;
+		sector = model;
+	} else if (changed_range(op, &first, &last)) {
+		sector = model_of(first);
+	} else {
+		return true;
+	}
+	for (s = first; s < last; s++, sector++) {
+		if (sector->n > WRITES / 2)
+			forget(sector, oldest);
+		if (sector->n == WRITES)
+			return false;
+	}
+	return true;
+}
+
+static void op_begin(struct op *op)
+{
+	uint64_t first, last, s;
+	unsigned int i, w;
+
+	pthread_mutex_lock(&model_lock);
+	while (!room_for(op, oldest_active())) {
+		pthread_mutex_unlock(&model_lock);
+		sched_yield();
+		pthread_mutex_lock(&model_lock);
+	}
+	op->start = ++now;
+	op->end = 0;
+	for (i = 0; i < ACTIVE && active[i]; i++)
+		;
+	if (i == ACTIVE)
+		die("too many operations under way");
+	op->slot = i;
+	active[i] = op->start;
+	op->number = nr_history++;
+	history[op->number % HISTORY] = *op;
+
+	if (whole_device(op)) {
+		for (w = 0; w < BUFFERED; w++)
+			for (s = 0; s < windows[w].sectors; s++)
+				sector_begin(&model[windows[w].index + s], op,
+					     op->kind == RESET ?
+					     initial_tag(windows[w].first + s) : TAG_ZERO);
+	} else if (changed_range(op, &first, &last)) {
+		struct sector *sector = model_of(first);
+
+		for (s = first; s < last; s++, sector++) {
+			sector_begin(sector, op, op->kind == WRITE ? op->tag : TAG_ZERO);
+			touched[(sector - model) / SECTORS_PER_BLOCK] = true;
+		}
+	}
+	pthread_mutex_unlock(&model_lock);
+}
+
+/* How a write ended: it happened, it did not, or for some blocks only. */
+enum outcome { DONE, NOT_DONE, MAYBE };
+
+static void sector_end(struct sector *sector, const struct op *op, enum outcome outcome)
+{
+	unsigned int i, own = sector->n;
+
+	for (i = 0; i < sector->n; i++) {
+		struct write *write = &sector->writes[i];
+
+		if (write->start == op->start)
+			own = i;
+		else if (outcome == DONE && write->end < op->start && write->gone > now)
+			write->gone = now;
+	}
+	if (outcome == NOT_DONE)
+		sector->writes[own] = sector->writes[--sector->n];
+	else
+		sector->writes[own].end = now;
+}
+
+static void print_sector(const struct sector *sector, const struct op *op, const char *buf,
+			 uint64_t number)
+{
+	unsigned int i;
+
+	printf("# round %u, thread %u: ", cfg.number, op->thread);
+	print_op(op);
+	printf("\n# sector %" PRIu64 " (block %" PRIu64 ") may have", number,
+	       number / SECTORS_PER_BLOCK);
+	for (i = 0; i < sector->n; i++)
+		if (sector->writes[i].gone > op->start)
+			printf(" tag %u%s", sector->writes[i].tag,
+			       sector->writes[i].end > op->start ? "*" : "");
+	printf(" (*: written meanwhile)\n# but has ");
+	stamp_print(stdout, buf, number);
+	printf("\n# operations on this block, with the times of their start and end, before %" PRIu64
+	       ":\n", now);
+	for (i = nr_history < HISTORY ? 0 : nr_history - HISTORY; i < nr_history; i++) {
+		const struct op *old = &history[i % HISTORY];
+		uint64_t block = number / SECTORS_PER_BLOCK;
+
+		if (old->kind < FLUSH && (old->sector / SECTORS_PER_BLOCK > block ||
+		    (old->sector + old->count - 1) / SECTORS_PER_BLOCK < block))
+			continue;
+		if (old->kind == FLUSH)
+			continue;
+		printf("#   %" PRIu64 "-%" PRIu64 " thread %u: ", old->start, old->end, old->thread);
+		print_op(old);
+		if (old->result < 0)
+			printf(": %s", strerror(-old->result));
+		printf("\n");
+	}
+}
+
+/* Is each word of the sector from a write that the read may have seen? */
+static bool torn_but_right(const struct sector *sector, const struct op *op, const char *buf,
+			   uint64_t number)
+{
+	bool written_meanwhile = false;
+	uint64_t content[STAMP_WORDS];
+	uint64_t found = 0;
+	unsigned int i, w;
+
+	for (i = 0; i < sector->n; i++) {
+		const struct write *write = &sector->writes[i];
+
+		if (write->gone <= op->start)
+			continue;
+		written_meanwhile |= write->end > op->start;
+		stamp(content, number, write->tag);
+		for (w = 0; w < STAMP_WORDS; w++)
+			if (!memcmp(&content[w], buf + w * sizeof(uint64_t), sizeof(uint64_t)))
+				found |= 1ULL << w;
+	}
+	return written_meanwhile && found == UINT64_MAX;
+}
+
+/* Returns: whether the sector is right. */
+static bool sector_read(struct sector *sector, const struct op *op, const char *buf,
+			uint64_t number)
+{
+	uint32_t tag = stamp_tag(buf, number);
+	bool allowed = false;
+	unsigned int i;
+
+	if (tag == STAMP_UNKNOWN)
+		return torn_but_right(sector, op, buf, number);
+	for (i = 0; i < sector->n; i++)
+		allowed |= sector->writes[i].gone > op->start && sector->writes[i].tag == tag;
+	if (!allowed)
+		return torn_but_right(sector, op, buf, number);
+	for (i = 0; i < sector->n; i++) {
+		struct write *write = &sector->writes[i];
+
+		if (write->tag != tag && write->end < op->start && write->gone > now)
+			write->gone = now;
+	}
+	return true;
+}
+
+/* Returns: whether all was right; else it has been told, unless quiet. */
+static bool op_end(struct op *op, int result, enum outcome outcome)
+{
+	uint64_t first, last, s;
+	struct sector *sector;
+	bool right = true;
+
+	pthread_mutex_lock(&model_lock);
+	op->result = result;
+	op->end = ++now;
+	total_ops++;
+	if (history[op->number % HISTORY].start == op->start)
+		history[op->number % HISTORY] = *op;
+	if (whole_device(op)) {
+		for (s = 0; s < windows[BUFFERED].index; s++)
+			sector_end(&model[s], op, outcome);
+	} else if (op->kind == READ) {
+		sector = model_of(op->sector);
+		for (s = 0; result > 0 && s < (uint64_t)result / SECTOR; s++) {
+			right = sector_read(&sector[s], op, op->buffer + s * SECTOR,
+					    op->sector + s);
+			if (!right)
+				break;
+		}
+		if (!right && !quiet) {
+			flockfile(stdout);
+			print_sector(&sector[s], op, op->buffer + s * SECTOR, op->sector + s);
+			print_replay();
+			fflush(stdout);
+		}
+	} else if (changed_range(op, &first, &last)) {
+		sector = model_of(first);
+		for (s = first; s < last; s++, sector++)
+			sector_end(sector, op, outcome);
+	}
+	active[op->slot] = 0;
+	pthread_mutex_unlock(&model_lock);
+	return right;
+}
+
+/*
+ * Operations
+ */
+
+static void prepare(struct op *op, struct rng *rng)
+{
+	uint64_t left = op->count * SECTOR;
+	char *at;
+
+	if (op->kind != READ && op->kind != WRITE)
+		return;
+	if (posix_memalign((void **)&op->memory, 4096, left + 4096))
+		die("out of memory");
+	op->buffer = at = op->memory + op->shift;
+	if (op->kind == WRITE)
+		stamp_range(at, op->sector, op->count, op->tag);
+	else
+		memset(at, 0x5a, left);
+	op->iovs = 0;
+	while (op->flags & VECTOR && op->iovs < 3 && left > SECTOR) {
+		uint64_t n = (1 + below(rng, left / SECTOR - 1)) * SECTOR;
+
+		op->iov[op->iovs++] = (struct iovec){ at, n };
+		at += n;
+		left -= n;
+	}
+	op->iov[op->iovs++] = (struct iovec){ at, left };
+}
+
+static int rw_flags(const struct op *op)
+{
+	return (op->flags & NOWAIT ? RWF_NOWAIT : 0) | (op->flags & DSYNC ? RWF_DSYNC : 0);
+}
+
+static int falloc_mode(enum kind kind)
+{
+	return FALLOC_FL_KEEP_SIZE |
+	       (kind == PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+}
+
+/* The sectors of blocks that a write or zeroing touches lie all in one. */
+static bool single_block(const struct op *op)
+{
+	return op->sector / SECTORS_PER_BLOCK ==
+	       (op->sector + op->count - 1) / SECTORS_PER_BLOCK;
+}
+
+/* Judges how the operation ended. Returns: whether that was right. */
+static bool finish(struct op *op, int result)
+{
+	uint64_t limited;
+	bool right;
+
+	if (op->kind == READ || op->kind == WRITE) {
+		right = result > 0 || (result == -EAGAIN && op->flags & NOWAIT);
+		/* a short count is right only where something stopped it */
+		if (result > 0 && (uint64_t)result < op->count * SECTOR)
+			right = op->flags & NOWAIT || op->kind == WRITE;
+	} else {
+		/* fallocate() says so while a table is being exchanged */
+		right = !result || (result == -EOPNOTSUPP && op->kind != DISCARD);
+	}
+	if (!right && result == -ENOSPC && op->kind != READ && op->kind != DISCARD) {
+		pthread_mutex_lock(&model_lock);
+		limited = limited_until;
+		pthread_mutex_unlock(&model_lock);
+		right = op->start < limited;
+	}
+	/* a base that does not know it may have come with a new table */
+	if (result == -EOPNOTSUPP && op->flags & (NOWAIT | URING))
+		right = true;
+	/* the page cache tells anybody that somebody's buffered write was lost */
+	if ((result == -EIO || result == -ENOSPC) && cfg.buffered && cfg.limits)
+		right = true;
+	if (!right && !quiet) {
+		flockfile(stdout);
+		printf("# round %u, thread %u: ", cfg.number, op->thread);
+		print_op(op);
+		printf(": %s\n", result < 0 ? strerror(-result) : "too short");
+		print_replay();
+		fflush(stdout);
+	}
+	if (result < 0)
+		right &= op_end(op, result, single_block(op) && op->kind == WRITE ?
+				NOT_DONE : MAYBE);
+	else if (op->kind == WRITE && (uint64_t)result < op->count * SECTOR)
+		right &= op_end(op, result, MAYBE);
+	else
+		right &= op_end(op, result, DONE);
+	free(op->memory);
+	op->memory = NULL;
+	return right;
+}
+
+/* Returns: whether the operation and what it saw were right. */
+static bool run_sync(struct op *op, struct rng *rng)
+{
+	uint64_t range[2] = { op->sector * SECTOR, op->count * SECTOR };
+	ssize_t ret;
+
+	prepare(op, rng);
+	op_begin(op);
+	switch (op->kind) {
+	case READ:
+		ret = preadv2(fd, op->iov, op->iovs, range[0], rw_flags(op));
+		break;
+	case WRITE:
+		ret = pwritev2(fd, op->iov, op->iovs, range[0], rw_flags(op));
+		break;
+	case DISCARD:
+		ret = ioctl(fd, BLKDISCARD, range);
+		break;
+	case ZEROOUT:
+		ret = ioctl(fd, BLKZEROOUT, range);
+		break;
+	case PUNCH:
+	case ZERORANGE:
+		ret = fallocate(fd, falloc_mode(op->kind), range[0], range[1]);
+		break;
+	default:
+		ret = fsync(fd);
+	}
+	return finish(op, ret < 0 ? -errno : ret);
+}
+
+/* An operation on data, in one of the windows that are there. */
+static struct op random_op(struct rng *rng, unsigned int thread)
+{
+	struct op op = { .thread = thread };
+	unsigned int dice = below(rng, 100), w = below(rng, 5);
+	uint64_t room, len, max = cfg.big && percent(rng, 5) ? LONGEST : 40;
+
+	op.window = w < 2 ? 0 : w < 4 ? 1 : 2;
+	if (windows[op.window].first + windows[op.window].sectors > cfg.sectors)
+		op.window = 0;
+	room = windows[op.window].sectors;
+	if (percent(rng, cfg.percent_hot) && cfg.hot < room)
+		room = cfg.hot;
+	/* the hot part of a window is in its middle, where leaf and base end */
+	op.sector = windows[op.window].first + (windows[op.window].sectors - room) / 2 / 8 * 8;
+
+	op.kind = dice < 35 ? READ : dice < 80 ? WRITE : DISCARD + (dice - 80) / 5;
+	if (op.kind > ZERORANGE)
+		op.kind = FLUSH;
+	if (percent(rng, 30))
+		len = SECTORS_PER_BLOCK * (1 + below(rng, max / SECTORS_PER_BLOCK));
+	else if (percent(rng, 50))
+		len = 1 + below(rng, 8);
+	else
+		len = 1 + below(rng, max);
+	if (len > room)
+		len = room;
+	op.count = len;
+	op.sector += below(rng, room - len + 1);
+	if (percent(rng, 40))
+		op.sector = op.sector / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+
+	op.shift = percent(rng, 50) ? 0 : below(rng, 8) * SECTOR;
+	op.flags = percent(rng, 20) ? VECTOR : 0;
+	if (op.kind == WRITE && percent(rng, 5))
+		op.flags |= DSYNC;
+	if (cfg.nowait && op.kind <= WRITE && percent(rng, 30))
+		op.flags |= NOWAIT;
+	if (opt.threads > 1 && percent(rng, 50) && op.kind != DISCARD && op.kind != ZEROOUT)
+		op.flags |= URING;
+	op.tag = TAG_FIRST + __atomic_fetch_add(&next_tag, 1, __ATOMIC_RELAXED) %
+		 (STAMP_TAGS - TAG_FIRST);
+	return op;
+}
+
+/*
+ * Threads
+ */
+
+struct worker {
+	pthread_t thread;
+	unsigned int number;
+	struct rng rng;
+	struct io_uring ring;
+	struct op *slots[RING];
+	unsigned int under_way;
+	bool done;
+};
+
+static void failed(void)
+{
+	_exit(1);
+}
+
+static void reap(struct worker *worker, bool wait)
+{
+	struct io_uring_cqe *cqe;
+	unsigned int i;
+
+	while (worker->under_way) {
+		struct op *op;
+		int ret = wait ? io_uring_wait_cqe(&worker->ring, &cqe) :
+				 io_uring_peek_cqe(&worker->ring, &cqe);
+
+		if (ret == -EAGAIN)
+			return;
+		if (ret == -EINTR)
+			continue;
+		if (ret)
+			die("io_uring: %s", strerror(-ret));
+		op = io_uring_cqe_get_data(cqe);
+		ret = cqe->res;
+		io_uring_cqe_seen(&worker->ring, cqe);
+		worker->under_way--;
+		for (i = 0; i < RING; i++)
+			if (worker->slots[i] == op)
+				worker->slots[i] = NULL;
+		if (!finish(op, ret))
+			failed();
+		free(op);
+		wait = false;
+	}
+}
+
+static void run_uring(struct worker *worker, const struct op *template)
+{
+	struct io_uring_sqe *sqe;
+	struct op *op;
+	unsigned int i;
+	int ret;
+
+	reap(worker, worker->under_way == RING);
+	op = malloc(sizeof(*op));
+	sqe = io_uring_get_sqe(&worker->ring);
+	if (!op || !sqe)
+		die("no room for an io_uring request");
+	*op = *template;
+	prepare(op, &worker->rng);
+	for (i = 0; worker->slots[i]; i++)
+		;
+	worker->slots[i] = op;
+	worker->under_way++;
+
+	switch (op->kind) {
+	case READ:
+		io_uring_prep_readv(sqe, fd, op->iov, op->iovs, op->sector * SECTOR);
+		sqe->rw_flags = rw_flags(op);
+		break;
+	case WRITE:
+		io_uring_prep_writev(sqe, fd, op->iov, op->iovs, op->sector * SECTOR);
+		sqe->rw_flags = rw_flags(op);
+		break;
+	case PUNCH:
+	case ZERORANGE:
+		io_uring_prep_fallocate(sqe, fd, falloc_mode(op->kind), op->sector * SECTOR,
+					op->count * SECTOR);
+		break;
+	default:
+		io_uring_prep_fsync(sqe, fd, 0);
+	}
+	io_uring_sqe_set_data(sqe, op);
+	op_begin(op);
+	do {
+		ret = io_uring_submit(&worker->ring);
+	} while (ret == -EINTR);
+	if (ret != 1)
+		die("io_uring_submit: %d", ret);
+}
+
+static void *work(void *arg)
+{
+	struct worker *worker = arg;
+	unsigned int i;
+	int ret = io_uring_queue_init(RING, &worker->ring, 0);
+
+	if (ret)
+		die("io_uring_queue_init: %s", strerror(-ret));
+	for (i = 0; i < cfg.ops && !stopping; i++) {
+		struct op op = random_op(&worker->rng, worker->number);
+
+		if (op.flags & URING)
+			run_uring(worker, &op);
+		else if (!run_sync(&op, &worker->rng))
+			failed();
+	}
+	while (worker->under_way)
+		reap(worker, true);
+	io_uring_queue_exit(&worker->ring);
+	__atomic_store_n(&worker->done, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+/*
+ * Buffered I/O
+ */
+
+#define CACHED (windows[BUFFERED].sectors)
+#define SINCE 6			/* writes of a sector between two fsyncs */
+
+static struct cached {
+	uint32_t tag;		/* what the page cache should say */
+	uint32_t stored;	/* at the last fsync that went well */
+	unsigned int n;
+	uint32_t since[SINCE];	/* written later */
+} cached[KIB(512)];
+
+static void cached_set(uint32_t (*tag)(uint64_t sector))
+{
+	uint64_t s;
+
+	for (s = 0; s < CACHED; s++)
+		cached[s] = (struct cached){
+			.tag = tag(windows[BUFFERED].first + s),
+			.stored = tag(windows[BUFFERED].first + s),
+		};
+}
+
+static uint32_t zero_tag(uint64_t sector)
+{
+	(void)sector;
+	return TAG_ZERO;
+}
+
+/* Some of what was in the cache is lost: see what the device has, and go on from there. */
+static void cached_recover(void)
+{
+	const struct window *w = &windows[BUFFERED];
+	char *buf;
+	uint64_t s;
+	unsigned int i;
+
+	pthread_mutex_lock(&model_lock);
+	if (!limited_until)
+		die("buffered writes were lost though nothing was full");
+	pthread_mutex_unlock(&model_lock);
+	if (ioctl(cached_fd, BLKFLSBUF))
+		die("BLKFLSBUF: %s", strerror(errno));
+	if (posix_memalign((void **)&buf, 4096, w->sectors * SECTOR))
+		die("out of memory");
+	if (pread(fd, buf, w->sectors * SECTOR, w->first * SECTOR) !=
+	    (ssize_t)(w->sectors * SECTOR))
+		die("cannot read after a lost buffered write");
+	for (s = 0; s < CACHED; s++) {
+		struct cached *c = &cached[s];
+		uint32_t tag = stamp_tag(buf + s * SECTOR, w->first + s);
+		bool right = tag == c->stored || tag == c->tag;
+
+		for (i = 0; i < c->n; i++)
+			right |= tag == c->since[i];
+		if (!right)
+			die("sector %" PRIu64 " has tag %u after a lost buffered write, neither %u nor later",
+			    w->first + s, tag, c->stored);
+		*c = (struct cached){ .tag = tag, .stored = tag };
+	}
+	free(buf);
+}
+
+/* Returns: whether all that was written is on the device. */
+static bool cached_sync(void)
+{
+	uint64_t s;
+
+	if (fsync(cached_fd)) {
+		if (errno != EIO && errno != ENOSPC)
+			die("fsync: %s", strerror(errno));
+		cached_recover();
+		return false;
+	}
+	for (s = 0; s < CACHED; s++) {
+		cached[s].stored = cached[s].tag;
+		cached[s].n = 0;
+	}
+	return true;
+}
+
+static void cached_read(uint64_t s, uint64_t count, char *buf)
+{
+	const struct window *w = &windows[BUFFERED];
+	ssize_t len = count * SECTOR;
+	bool again = false;
+	uint64_t i;
+
+	for (;;) {
+		if (pread(cached_fd, buf, len, (w->first + s) * SECTOR) != len)
+			die("buffered read at sector %" PRIu64 ": %s", w->first + s, strerror(errno));
+		for (i = 0; i < count; i++)
+			if (stamp_tag(buf + i * SECTOR, w->first + s + i) != cached[s + i].tag)
+				break;
+		if (i == count)
+			return;
+		/* a page that could not be written back may have been read again */
+		if (again || cached_sync()) {
+			printf("# buffered: sector %" PRIu64 " should have tag %u but has ",
+			       w->first + s + i, cached[s + i].tag);
+			stamp_print(stdout, buf + i * SECTOR, w->first + s + i);
+			printf("\n");
+			die("buffered read is wrong");
+		}
+		again = true;
+	}
+}
+
+static void cached_write(uint64_t s, uint64_t count, char *buf, uint32_t tag)
+{
+	const struct window *w = &windows[BUFFERED];
+	ssize_t len = count * SECTOR;
+	uint64_t i;
+
+	for (i = 0; i < count; i++) {
+		if (cached[s + i].n == SINCE) {
+			cached_sync();
+			break;
+		}
+	}
+	stamp_range(buf, w->first + s, count, tag);
+	for (i = 0; i < count; i++) {
+		cached[s + i].tag = tag;
+		cached[s + i].since[cached[s + i].n++] = tag;
+	}
+	if (pwrite(cached_fd, buf, len, (w->first + s) * SECTOR) != len)
+		die("buffered write at sector %" PRIu64 ": %s", w->first + s, strerror(errno));
+}
+
+/* Whole blocks only: the kernel zeroes the edges of cached pages even so. */
+static void cached_clear(uint64_t s, uint64_t count, bool discard)
+{
+	const struct window *w = &windows[BUFFERED];
+	uint64_t range[2], i;
+	int ret;
+
+	cached_sync();
+	s = s / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+	count = (count + SECTORS_PER_BLOCK - 1) / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+	if (s + count > CACHED)
+		count = CACHED - s;
+	range[0] = (w->first + s) * SECTOR;
+	range[1] = count * SECTOR;
+	ret = ioctl(cached_fd, discard ? BLKDISCARD : BLKZEROOUT, range);
+	if (ret && errno == ENOSPC && !discard) {
+		/* the kernel fell back to writing zeroes */
+		for (i = 0; i < count; i++)
+			cached[s + i].since[cached[s + i].n++] = TAG_ZERO;
+		cached_recover();
+		return;
+	}
+	if (ret)
+		die("buffered discard: %s", strerror(errno));
+	for (i = 0; i < count; i++)
+		cached[s + i] = (struct cached){ 0 };
+}
+
+static void *work_buffered(void *arg)
+{
+	struct worker *worker = arg;
+	struct rng *rng = &worker->rng;
+	unsigned int i;
+	char *buf;
+
+	if (posix_memalign((void **)&buf, 4096, 64 * SECTOR))
+		die("out of memory");
+	for (i = 0; i < cfg.ops && !stopping; i++) {
+		uint64_t count = 1 + below(rng, percent(rng, 20) ? 64 : 16);
+		uint64_t s = below(rng, CACHED - count + 1);
+		unsigned int dice = below(rng, 100);
+
+		pthread_rwlock_rdlock(&cache_lock);
+		if (dice < 40)
+			cached_read(s, count, buf);
+		else if (dice < 85)
+			cached_write(s, count, buf, TAG_FIRST + __atomic_fetch_add(&next_tag, 1,
+				     __ATOMIC_RELAXED) % (STAMP_TAGS - TAG_FIRST));
+		else if (dice < 92)
+			cached_clear(s, count, percent(rng, 50));
+		else if (dice < 97)
+			cached_sync();
+		else if (cached_sync() && ioctl(cached_fd, BLKFLSBUF))
+			die("BLKFLSBUF: %s", strerror(errno));
+		pthread_rwlock_unlock(&cache_lock);
+		__atomic_fetch_add(&total_ops, 1, __ATOMIC_RELAXED);
+	}
+	free(buf);
+	__atomic_store_n(&worker->done, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+/*
+ * Control
+ */
+
+static void check(int ret, const char *what)
+{
+	if (ret)
+		die("%s: %s", what, strerror(-ret));
+}
+
+static void write_file(const char *path, const char *text)
+{
+	int file = open(path, O_WRONLY | O_CLOEXEC);
+
+	if (file >= 0) {
+		/* only stirs the memory management, so it does not matter if it fails */
+		(void)!write(file, text, strlen(text));
+		close(file);
+	}
+}
+
+static void set_limit(long limit)
+{
+	pthread_mutex_lock(&model_lock);
+	if (limit)
+		limited_until = UINT64_MAX;
+	cfg.limit = limit;
+	pthread_mutex_unlock(&model_lock);
+}
+
+/* Once the kernel knows of it: from now on nothing may fail for want of space. */
+static void limit_set(void)
+{
+	pthread_mutex_lock(&model_lock);
+	if (!cfg.limit && limited_until == UINT64_MAX)
+		limited_until = ++now;
+	pthread_mutex_unlock(&model_lock);
+}
+
+static void table_params(char *params, size_t size)
+{
+	if (cfg.limit)
+		snprintf(params, size, "%s 2 limit %ld", opt.bases[cfg.base], cfg.limit);
+	else
+		snprintf(params, size, "%s", opt.bases[cfg.base]);
+}
+
+static void nap(struct rng *rng, unsigned int most_us)
+{
+	struct timespec ts = { .tv_nsec = below(rng, most_us) * 1000 };
+
+	nanosleep(&ts, NULL);
+}
+
+static void clear_device(void)
+{
+	uint64_t range[2] = { 0, cfg.sectors * SECTOR };
+
+	if (ioctl(fd, BLKDISCARD, range))
+		die("discard of the device: %s", strerror(errno));
+}
+
+/* A change of the whole device. */
+static void run_whole(struct op *op)
+{
+	if (cfg.buffered) {
+		pthread_rwlock_wrlock(&cache_lock);
+		cached_sync();
+	}
+	op_begin(op);
+	if (op->kind == RESET)
+		check(dm_message(NAME, "reset"), "reset");
+	else
+		clear_device();
+	op_end(op, 0, DONE);
+	if (cfg.buffered) {
+		if (ioctl(cached_fd, BLKFLSBUF))
+			die("BLKFLSBUF: %s", strerror(errno));
+		cached_set(op->kind == RESET ? initial_tag : zero_tag);
+		pthread_rwlock_unlock(&cache_lock);
+	}
+}
+
+static void run_reload(const struct op *op)
+{
+	uint64_t sectors = cfg.sectors;
+	char params[512];
+	unsigned int i;
+
+	for (i = 0; op->grow && i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		if (sizes[i] > cfg.sectors) {
+			sectors = sizes[i];
+			break;
+		}
+	}
+	set_limit(op->limit);
+	cfg.base = op->base;
+	table_params(params, sizeof(params));
+	check(dm_load(NAME, sectors, "nbdcow", params), "loading a table");
+	check(dm_resume(NAME), "taking a new table");
+	limit_set();
+	__atomic_store_n(&cfg.sectors, sectors, __ATOMIC_RELEASE);
+}
+
+static void run_control(struct op *op, struct rng *rng)
+{
+	char text[64];
+
+	if (whole_device(op)) {
+		run_whole(op);
+		return;
+	}
+	op_begin(op);
+	switch (op->kind) {
+	case LIMIT:
+		set_limit(op->limit);
+		if (op->limit)
+			snprintf(text, sizeof(text), "limit %ld", op->limit);
+		else
+			snprintf(text, sizeof(text), "limit none");
+		check(dm_message(NAME, text), text);
+		limit_set();
+		break;
+	case SUSPEND:
+		check(dm_suspend(NAME, percent(rng, 50) ? DM_SKIP_LOCKFS_FLAG : 0), "suspend");
+		nap(rng, 3000);
+		check(dm_resume(NAME), "resume");
+		break;
+	default:
+		run_reload(op);
+	}
+	op_end(op, 0, DONE);
+}
+
+static struct op random_control(struct rng *rng, unsigned int thread)
+{
+	struct op op = { .thread = thread };
+	unsigned int dice = below(rng, 100);
+
+	op.kind = dice < 25 ? RESET : dice < 45 ? LIMIT : dice < 65 ? SUSPEND :
+		  dice < 90 ? RELOAD : CLEAR_ALL;
+	op.limit = percent(rng, 50) || !cfg.limits ? 0 : 1 + below(rng, 300);
+	op.base = below(rng, opt.nr_bases);
+	op.grow = percent(rng, 20);
+	return op;
+}
+
+static void *work_control(void *arg)
+{
+	struct worker *worker = arg;
+
+	while (!stopping) {
+		struct op op = random_control(&worker->rng, worker->number);
+
+		run_control(&op, &worker->rng);
+		if (opt.vm && percent(&worker->rng, 5))
+			write_file("/proc/sys/vm/compact_memory", "1");
+		if (opt.vm && percent(&worker->rng, 5))
+			write_file("/proc/sys/vm/drop_caches", "3");
+		nap(&worker->rng, 20000);
+	}
+	return NULL;
+}
+
+/*
+ * Rounds
+ */
+
+static void open_device(void)
+{
+	struct dm_call call = { 0 };
+	char path[64], params[512];
+
+	check(dm_call(DM_DEV_CREATE, NAME, 0, &call), "creating the device");
+	snprintf(path, sizeof(path), "/dev/dm-%u", minor(call.head.dev));
+	table_params(params, sizeof(params));
+	check(dm_load(NAME, cfg.sectors, "nbdcow", params), "loading the first table");
+	check(dm_resume(NAME), "taking the first table");
+	fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+	cached_fd = open(path, O_RDWR | O_CLOEXEC);
+	if (fd < 0 || cached_fd < 0)
+		die("%s: %s", path, strerror(errno));
+}
+
+static void remove_device(void)
+{
+	struct dm_call call = { 0 };
+	int ret = 0, tries;
+
+	if (fd >= 0)
+		close(fd);
+	if (cached_fd >= 0)
+		close(cached_fd);
+	fd = cached_fd = -1;
+	/* whoever else looks at new devices has it open for a moment */
+	for (tries = 0; tries < 500; tries++) {
+		memset(&call, 0, sizeof(call));
+		ret = dm_call(DM_DEV_REMOVE, NAME, 0, &call);
+		if (ret != -EBUSY)
+			break;
+		usleep(10000);
+	}
+	if (ret != -ENXIO)
+		check(ret, "removing the device");
+}
+
+/* Nothing is under way: all is read, and the status compared with the model. */
+static bool verify(struct rng *rng)
+{
+	unsigned int w, stored = 0, used, most = 0;
+	struct dm_call call;
+	char health[32];
+	uint64_t b;
+
+	/* so that no read is told of a lost buffered write */
+	(void)!fsync(fd);
+	if (cfg.buffered)
+		cached_sync();
+	for (w = 0; w < BUFFERED; w++) {
+		uint64_t at = windows[w].first;
+		uint64_t end = at + windows[w].sectors;
+
+		if (end > cfg.sectors)
+			end = cfg.sectors;
+		for (; at < end; at += LONGEST) {
+			struct op op = {
+				.kind = READ, .window = w, .sector = at,
+				.count = end - at < LONGEST ? end - at : LONGEST,
+			};
+
+			if (!run_sync(&op, rng))
+				return false;
+		}
+	}
+	if (cfg.buffered) {
+		if (ioctl(cached_fd, BLKFLSBUF))
+			die("BLKFLSBUF: %s", strerror(errno));
+		for (b = 0; b < CACHED; b += 64) {
+			char buf[64 * SECTOR] __attribute__((aligned(4096)));
+
+			cached_read(b, 64, buf);
+		}
+	}
+
+	/* A block that has data of a write is stored, one that had none is not. */
+	for (b = 0; b < windows[BUFFERED].index / SECTORS_PER_BLOCK; b++) {
+		bool data = false;
+
+		for (w = 0; w < SECTORS_PER_BLOCK; w++) {
+			const struct sector *s = &model[b * SECTORS_PER_BLOCK + w];
+			unsigned int i;
+
+			for (i = 0; i < s->n; i++)
+				data |= s->writes[i].gone == UINT64_MAX &&
+					s->writes[i].tag >= TAG_FIRST;
+		}
+		stored += data;
+		most += touched[b];
+	}
+	check(dm_status(NAME, &call), "status");
+	if (sscanf(call.table.params, "%31s %u/", health, &used) != 2)
+		die("unknown status %s", call.table.params);
+	if (cfg.buffered)
+		most += CACHED / SECTORS_PER_BLOCK;
+	if (used < stored || used > most) {
+		if (!quiet)
+			printf("# %u blocks are stored by the status, expected %u to %u\n", used,
+			       stored, most);
+		return false;
+	}
+	return true;
+}
+
+static void check_total_used(uint64_t want)
+{
+	FILE *f = fopen("/sys/module/dm_nbdcow/parameters/total_used", "r");
+	uint64_t used;
+
+	if (!f || fscanf(f, "%" SCNu64, &used) != 1)
+		die("cannot read total_used");
+	fclose(f);
+	if (used != want)
+		die("%" PRIu64 " blocks are in use without the device, before it were %" PRIu64,
+		    used, want);
+}
+
+static void start_round(uint64_t seed, struct rng *rng)
+{
+	static const unsigned int hot[] = { 8, 16, 32, 128, 1024 };
+
+	*rng = (struct rng){ seed };
+	cfg.seed = seed;
+	cfg.sectors = sizes[below(rng, 2)];
+	cfg.base = below(rng, opt.nr_bases);
+	cfg.buffered = opt.threads > 2 && percent(rng, 60);
+	cfg.limits = percent(rng, cfg.buffered ? 20 : 60);
+	cfg.limit = cfg.limits && percent(rng, 50) ? 1 + below(rng, 300) : 0;
+	cfg.hot = hot[below(rng, 5)];
+	cfg.percent_hot = 50 + below(rng, 51);
+	cfg.nowait = percent(rng, 50);
+	cfg.big = percent(rng, 50);
+	cfg.control = percent(rng, 70);
+	cfg.ops = 100 + below(rng, 900);
+	pthread_mutex_lock(&model_lock);
+	limited_until = cfg.limit ? UINT64_MAX : 0;
+	nr_history = 0;
+	model_reset();
+	pthread_mutex_unlock(&model_lock);
+	cached_set(initial_tag);
+	stopping = false;
+	open_device();
+}
+
+static void join(struct worker *worker, const char *what)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	ts.tv_sec += HANG;
+	if (pthread_timedjoin_np(worker->thread, NULL, &ts))
+		die("%s hangs", what);
+}
+
+static bool threads_round(struct rng *rng)
+{
+	static struct worker workers[THREADS + 1];
+	struct worker *control = &workers[THREADS];
+	unsigned int i;
+
+	for (i = 0; i < opt.threads; i++) {
+		workers[i] = (struct worker){ .number = i, .rng = { next_random(rng) } };
+		if (pthread_create(&workers[i].thread, NULL,
+				   cfg.buffered && !i ? work_buffered : work, &workers[i]))
+			die("cannot start a thread");
+	}
+	*control = (struct worker){ .number = THREADS, .rng = { next_random(rng) } };
+	if (cfg.control && pthread_create(&control->thread, NULL, work_control, control))
+		die("cannot start a thread");
+	for (i = 0; i < opt.threads; i++)
+		join(&workers[i], "a thread");
+	stopping = true;
+	if (cfg.control)
+		join(control, "the control thread");
+	return verify(rng);
+}
+
+/*
+ * One thread
+ */
+
+static bool play(const struct op *ops, unsigned int n, struct rng *rng)
+{
+	unsigned int i;
+
+	for (i = 0; i < n; i++) {
+		struct op op = ops[i];
+
+		if (op.kind >= RESET)
+			run_control(&op, rng);
+		else if (op.sector + op.count <= cfg.sectors && !run_sync(&op, rng))
+			return false;
+	}
+	return verify(rng);
+}
+
+/* From a fresh device; what chance decides is the same each time. */
+static bool play_again(const struct op *ops, unsigned int n)
+{
+	struct rng rng;
+
+	remove_device();
+	start_round(cfg.seed, &rng);
+	cfg.buffered = false;
+	return play(ops, n, &rng);
+}
+
+static void print_stream(const struct op *ops, unsigned int n)
+{
+	unsigned int i;
+
+	printf("# %u operations are enough, on a device of %" PRIu64 " sectors with %s and limit %ld"
+	       " (0: none):\n", n, cfg.sectors, opt.bases[cfg.base], cfg.limit);
+	for (i = 0; i < n; i++) {
+		printf("#   ");
+		print_op(&ops[i]);
+		printf("\n");
+	}
+}
+
+/* Leaves away what the failure does not need, in pieces of half the size each time. */
+static unsigned int shorten(struct op *ops, unsigned int n)
+{
+	struct op *fewer = malloc(n * sizeof(*fewer));
+	unsigned int piece = n / 2, at, rest;
+
+	if (!fewer)
+		die("out of memory");
+	quiet = true;
+	while (piece) {
+		bool shorter = false;
+
+		for (at = 0; at < n;) {
+			rest = at + piece < n ? n - at - piece : 0;
+			memcpy(fewer, ops, at * sizeof(*ops));
+			memcpy(fewer + at, ops + n - rest, rest * sizeof(*ops));
+			if (at + rest < n && !play_again(fewer, at + rest)) {
+				n = at + rest;
+				memcpy(ops, fewer, n * sizeof(*ops));
+				shorter = true;
+			} else {
+				at += piece;
+			}
+		}
+		if (!shorter || piece > 1)
+			piece /= 2;
+	}
+	quiet = false;
+	free(fewer);
+	return n;
+}
+
+static bool single_round(struct rng *rng)
+{
+	static struct op ops[SINGLE_OPS];
+	struct rng stream = { next_random(rng) };
+	uint64_t sectors = cfg.sectors;
+	unsigned int i, n;
+
+	/* the operations must not depend on how far the device has grown */
+	cfg.sectors = sizes[2];
+	for (i = 0; i < SINGLE_OPS; i++)
+		ops[i] = percent(&stream, 5) ? random_control(&stream, 0) : random_op(&stream, 0);
+	cfg.sectors = sectors;
+	cfg.buffered = false;
+	if (play(ops, SINGLE_OPS, rng))
+		return true;
+	n = shorten(ops, SINGLE_OPS);
+	if (play_again(ops, n))
+		printf("# the failure did not come again\n");
+	print_stream(ops, n);
+	return false;
+}
+
+static void usage(void)
+{
+	puts("usage: fuzz [OPTION]... BASE...\n"
+	     "BASE is a block device with the content that `io BASE 'write 0 end .'` gives; more\n"
+	     "than one must have the same.\n"
+	     "  --seed N       replays the run with this seed\n"
+	     "  --seconds N    how long, default 60; a round is always finished\n"
+	     "  --rounds N     how many rounds at most\n"
+	     "  --threads N    default 4; with 1 a failing stream is shortened\n"
+	     "  --vm           compacts memory and drops caches meanwhile");
+}
+
+static bool parse_options(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "seed", required_argument, NULL, 's' },
+		{ "seconds", required_argument, NULL, 't' },
+		{ "rounds", required_argument, NULL, 'r' },
+		{ "threads", required_argument, NULL, 'n' },
+		{ "vm", no_argument, NULL, 'v' },
+		{ NULL, 0, NULL, 0 },
+	};
+	struct timespec ts;
+	int c;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	opt.seed = (ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000) % 1000000000;
+	while ((c = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (c) {
+		case 's':
+			opt.seed = strtoull(optarg, NULL, 0);
+			break;
+		case 't':
+			opt.seconds = atoi(optarg);
+			break;
+		case 'r':
+			opt.rounds = atoi(optarg);
+			break;
+		case 'n':
+			opt.threads = atoi(optarg);
+			break;
+		case 'v':
+			opt.vm = true;
+			break;
+		default:
+			return false;
+		}
+	}
+	opt.bases = argv + optind;
+	opt.nr_bases = argc - optind;
+	return opt.nr_bases && opt.threads && opt.threads <= THREADS;
+}
+
+static uint64_t size_of(const char *path)
+{
+	int base = open(path, O_RDONLY | O_CLOEXEC);
+	uint64_t size;
+
+	if (base < 0 || ioctl(base, BLKGETSIZE64, &size))
+		die("%s: %s", path, strerror(errno));
+	close(base);
+	return size / SECTOR;
+}
+
+int main(int argc, char **argv)
+{
+	struct rng seeds, rng;
+	time_t end;
+	bool right = true;
+
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	if (!parse_options(argc, argv)) {
+		usage();
+		return 2;
+	}
+	model = calloc(MODEL, sizeof(*model));
+	if (!model)
+		die("out of memory");
+	base_sectors = size_of(opt.bases[0]);
+	printf("# seed %" PRIu64 ", %u threads\n", opt.seed, opt.threads);
+	seeds.state = opt.seed;
+	end = time(NULL) + opt.seconds;
+	do {
+		/* the first round has the seed itself, so that it can be given back */
+		start_round(cfg.number++ ? next_random(&seeds) : opt.seed, &rng);
+		right = opt.threads == 1 ? single_round(&rng) : threads_round(&rng);
+		if (!right)
+			break;
+		remove_device();
+		check_total_used(0);
+	} while (time(NULL) < end && (!opt.rounds || cfg.number < opt.rounds));
+	if (!right) {
+		print_replay();
+		remove_device();
+		return 1;
+	}
+	printf("# %u rounds, %" PRIu64 " operations, nothing wrong\n", cfg.number, total_ops);
+	return 0;
+}
