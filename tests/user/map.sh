@@ -69,15 +69,20 @@ run_map_test()
 	[ $rc = 0 ] || log "$program.log"
 }
 
-# The test itself is tested: without the release the sanitizer must complain.
+# The test itself is tested: without the release the sanitizer must complain. The
+# threads have to meet for that, which they may not do with the first seed.
 check_release_is_needed()
 {
-	local program=$out/no-release
+	local program=$out/no-release i rc=1
 
-	"$CC" "${flags[@]}" -fsanitize=thread -DSHIM_RELEASE=__ATOMIC_RELAXED -o "$program" \
-		"${sources[@]}" tests/map_test.c >"$program.log" 2>&1 &&
-		! fixed_addresses "$program" threads "$seed" >"$program.log" 2>&1 &&
-		grep -q '^SUMMARY.*map_test.c.*reader' "$program.log"
+	if "$CC" "${flags[@]}" -fsanitize=thread -DSHIM_RELEASE=__ATOMIC_RELAXED -o "$program" \
+		"${sources[@]}" tests/map_test.c >"$program.log" 2>&1; then
+		for ((i = 0; i < 20 && rc; i++)); do
+			fixed_addresses "$program" threads $((seed + i)) >"$program.log" 2>&1 ||
+				! grep -q '^SUMMARY.*map_test.c.*reader' "$program.log" || rc=0
+		done
+	fi
+	(exit $rc)
 	result $? 'a publish without release is noticed' "$program.log"
 }
 
