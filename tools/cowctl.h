@@ -116,6 +116,7 @@ struct run {
 	const char *package;		/* that has argv[0] */
 	int timeout_ms;
 	int keep_fd;			/* stays open in the program; -1: none */
+	bool finish;			/* it undoes something: signals do not stop it */
 	int (*in_child)(void *arg);	/* called before exec; NULL: nothing */
 	void *arg;
 	char message[512];		/* last line it wrote to stderr */

@@ -88,7 +88,7 @@ int nbd_release(const char *mangled)
 		const char *argv[] = { "nbd-client", "-d", link.dev, NULL };
 		struct run client = {
 			.argv = argv, .package = "nbd-client", .timeout_ms = CONNECT_MS,
-			.keep_fd = -1,
+			.keep_fd = -1, .finish = true,
 		};
 
 		fd = open(link.dev, O_RDONLY | O_EXCL | O_CLOEXEC);

@@ -583,7 +583,8 @@ static void __attribute__((noreturn)) run_child(const struct run *run, int err_f
 	if (getppid() != parent)
 		_exit(126);
 	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
+	if (!run->finish)
+		sigprocmask(SIG_SETMASK, &none, NULL);
 	if (run->keep_fd >= 0)
 		fcntl(run->keep_fd, F_SETFD, 0);
 	if (run->in_child && run->in_child(run->arg))
@@ -614,7 +615,7 @@ static int run_wait(struct run *run, int pid_fd, int err_fd)
 	int err = 0, signals;
 
 	stop_signals(&set);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
+	signals = run->finish ? -1 : signalfd(-1, &set, SFD_CLOEXEC);
 	for (;;) {
 		struct pollfd fds[] = {
 			{ .fd = pid_fd, .events = POLLIN },
@@ -641,7 +642,8 @@ static int run_wait(struct run *run, int pid_fd, int err_fd)
 		if (fds[0].revents || fds[1].revents)
 			break;
 	}
-	close(signals);
+	if (signals >= 0)
+		close(signals);
 	return err;
 }
 
