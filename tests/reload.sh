@@ -132,6 +132,11 @@ under_load()
 	between rounds "$i" 3 100000
 }
 
+is_open()
+{
+	[ "$(dmsetup info -c --noheadings -o open "$1")" -gt 0 ]
+}
+
 # The device is open and busy: it cannot go, but its memory can be had back.
 removed_under_load()
 {
@@ -141,7 +146,7 @@ removed_under_load()
 	io /dev/mapper/test-cow2 'write 0 16M A'
 	io /dev/mapper/test-cow2 'model 16M' 'write 0 end .' 'random 8 1000000' &
 	player=$!
-	wait_until 10 test "$(dmsetup info -c --noheadings -o open test-cow2)" -gt 0
+	wait_until 10 is_open test-cow2
 	fails dmsetup remove test-cow2
 	dmsetup wipe_table test-cow2
 	fails wait $player
