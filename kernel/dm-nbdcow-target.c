@@ -557,15 +557,18 @@ static int open_base(struct dm_target *ti, const char *path)
 	struct nbdcow_target *t = ti->private;
 	int ret = dm_get_device(ti, path, BLK_OPEN_READ, &t->base);
 
-	if (ret) {
-		ti->error = ret == -EBUSY ?
-			"The base device is in use by something that may write to it" :
-			"Cannot open the base device";
+	if (ret == -EBUSY)
+		ti->error = "The base device is in use by something that may write to it";
+	else if (ret == -EINVAL)	/* newer kernels look for that themselves */
+		ti->error = "A device cannot be its own base";
+	else if (ret)
+		ti->error = "Cannot open the base device";
+	if (ret)
 		return ret;
-	}
+
 	if (t->base->bdev->bd_dev == t->self->bd_dev) {
 		ti->error = "A device cannot be its own base";
-		return -ELOOP;
+		return -EINVAL;
 	}
 	if (!bdev_nr_sectors(t->base->bdev)) {
 		ti->error = "The base device is empty or not connected";
