@@ -46,7 +46,8 @@ static void test_names(void)
 		"x.y", "...", "-", "100%",
 	};
 	static const char *const bad[] = {
-		"", "a/b", "/", "a\\b", "a\\x20b", ".", "..", "control", "a\nb", "a\tb", "\x7f", "\xff", "\xc3",
+		"", "a/b", "/", "a\\b", "a\\x20b", ".", "..", "control", "a\nb", "a\tb", "\x7f", "\xff",
+		"\xc3",
 		"\xc3(", "\xe7\x89", "\xc0\xaf", "\xf8\x88\x80\x80\x80", "\xc2\x9b",
 	};
 	char name[200], mangled[NAME_BYTES];
@@ -318,7 +319,8 @@ static void test_tables(void)
 {
 	static const char *const bad[] = {
 		"", "43", "43:", "43:0x", ":0", "/dev/nbd0 0", "43:0 2 limit", "43:0 2 limit x",
-		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs %", "43:0 2 tmpfs /%0g", "43:0 2 tmpfs /%00",
+		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs %", "43:0 2 tmpfs /%0g",
+		"43:0 2 tmpfs /%00",
 	};
 	struct cow_table table;
 
