@@ -176,24 +176,22 @@ create_after_killed_remove()
 
 killed_export()
 {
-	local server step rc again
+	local step rc again
 
 	make_bases
-	need nbd-server nbdinfo
+	need nbdinfo
 	cowctl create test-cow "$image"
-	for server in nbdkit nbd-server; do
-		list_steps cowctl export test-cow server=$server
+	list_steps cowctl export test-cow
+	cowctl unexport test-cow
+	for step in "${steps[@]}"; do
+		at "$step" signal=SIGKILL cowctl export test-cow
+		again=0
+		cowctl export test-cow || again=$?
+		[ $again = 0 ] || [ $again = 4 ]
+		is 'the number of servers' "$(pgrep -fc "$run_dir/test-cow.pid")" 1
+		nbdinfo --size "nbd+unix:///?socket=$run_dir/test-cow.sock"
 		cowctl unexport test-cow
-		for step in "${steps[@]}"; do
-			at "$step" signal=SIGKILL cowctl export test-cow server=$server
-			again=0
-			cowctl export test-cow server=$server || again=$?
-			[ $again = 0 ] || [ $again = 4 ]
-			is 'the number of servers' "$(pgrep -fc "$run_dir/test-cow.pid")" 1
-			nbdinfo --size "nbd+unix:///?socket=$run_dir/test-cow.sock"
-			cowctl unexport test-cow
-			not_exported
-		done
+		not_exported
 	done
 }
 
