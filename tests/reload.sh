@@ -95,7 +95,7 @@ shorter()
 suspended()
 {
 	fresh
-	io $COW 'write 0 4k A' 'suspend test-cow' 'bg write 0 4k B' 'bg check 8k 4k .' \
+	io $COW 'write 0 4k A' 'suspend test-cow' 'bg write 0 4k B' 'bg check 12k 4k .' \
 		'bg write 9s 1s C' 'pending 3' 'message test-cow limit 5' \
 		'status test-cow used=1 limit=5' 'pending 3' 'resume test-cow' join \
 		'check 0 4k B' 'is 8s .C......' 'status test-cow used=2 limit=5' \
