@@ -1,17 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Reading the base on the overlay's behalf: read-modify-write of blocks that
- * are written in part before they are stored.
+ * What all overlays on one base device share: a cache of its blocks, the reads
+ * of it that fill the cache, and the knowledge of its holes.
  *
- * Each block in work has one descriptor, found by a hash; further partial
- * writes to it join while its read is under way. The descriptors are bounded:
- * a bio that finds none waits in a list, and whoever frees one starts it, so
- * that map() never waits. A few are kept in reserve, so that the list always
- * moves.
+ * An xarray holds for each block nothing, a page, or the fetch that is under way
+ * to read it. Its pages are no tmpfs pages, since the cache must never be swapped
+ * out: it is dropped instead, by a shrinker and by second chance at its limit.
+ *
+ * Pages are found without a lock, as in the page cache: take a reference if there
+ * is one to take, then look whether the page is still where it was found. All
+ * that changes the array holds its lock. A fetch enters its blocks one by one, in
+ * order; where another one was faster, it ends. Reads that find a fetch join it
+ * under the lock, and a fetch replaces itself by its pages under the lock, so that
+ * nobody joins too late. The content never changes, so nothing else can go wrong:
+ * a block that is written meanwhile is not BASE any more.
+ *
+ * A read of the base that failed leaves nothing behind. The reads that waited for
+ * it are sent to the base as they are, each to fail or not by itself.
  */
-#include <linux/hash.h>
+#include <linux/ioprio.h>
 #include <linux/mm.h>
+#include <linux/pagemap.h>
 #include <linux/slab.h>
+#include <linux/vmstat.h>
 #include <linux/wait_bit.h>
 
 #include "compat.h"
@@ -19,235 +30,894 @@
 
 #define DM_MSG_PREFIX "nbdcow"
 
-struct nbdcow_rmw {
-	struct hlist_node node;	/* in rmw_hash while bios may join */
-	struct nbdcow_target *t; /* whose base is read */
-	u64 block;		/* which block is read */
-	struct bio_list bios;	/* partial writes to it; under rmw_lock */
-	struct work_struct work; /* installs the block */
-	struct page *page;	/* the base's content */
-	struct bio_vec bvec;	/* of bio */
+/* Blocks of one read of the base; as many as a bio has vectors. */
+#define NBDCOW_FETCH_MAX	256U
+/* Reads of the base that a prefetch has under way. */
+#define NBDCOW_PREFETCH_DEPTH	2
+/* Blocks that get a second chance before eviction takes any. */
+#define NBDCOW_CHANCES		512
+
+struct nbdcow_fetch {
+	struct nbdcow_base *base; /* with a reference */
+	struct nbdcow_prefetch *prefetch; /* to tell, or NULL */
+	u64 first;		/* first block */
+	unsigned int nr;	/* blocks */
+	struct bio_list bios;	/* reads that wait; under the array's lock */
+	struct work_struct work; /* ends the fetch */
 	struct bio bio;		/* reads the base */
+	struct bio_vec bvecs[];	/* of bio: a page for each block */
 };
 
-static struct hlist_head *bucket(struct nbdcow_target *t, u64 block)
+static DEFINE_MUTEX(bases_mutex);
+static LIST_HEAD(bases);
+
+/* Fetches are told from pages by a tag. */
+static void *fetch_entry(struct nbdcow_fetch *fetch)
 {
-	return &t->rmw_hash[hash_64(block, NBDCOW_RMW_HASH_BITS)];
+	return xa_tag_pointer(fetch, 1);
 }
 
-static sector_t first_sector(const struct nbdcow_rmw *rmw)
+static bool is_fetch(void *entry)
 {
-	return rmw->block * NBDCOW_BLOCK_SECTORS;
+	return xa_pointer_tag(entry) == 1;
 }
 
-/* How much of the block the base has; the rest reads as zeroes. */
-static unsigned int base_bytes(const struct nbdcow_rmw *rmw)
-{
-	sector_t left = rmw->t->overlay->base_sectors - first_sector(rmw);
+/*
+ * The pages
+ */
 
-	return min_t(sector_t, left, NBDCOW_BLOCK_SECTORS) << SECTOR_SHIFT;
+/**
+ * nbdcow_cache_address() - where a cached block is
+ * @page: its page
+ * @block: the block
+ *
+ * Context: any.
+ * Return: its first byte.
+ */
+void *nbdcow_cache_address(struct page *page, u64 block)
+{
+	return page_address(page) +
+	       offset_in_page((unsigned long)block << NBDCOW_BLOCK_SHIFT);
 }
 
-static void rmw_endio(struct bio *bio)
+static struct page *page_alloc(gfp_t gfp)
 {
-	struct nbdcow_rmw *rmw = container_of(bio, struct nbdcow_rmw, bio);
+	struct page *page = alloc_page(gfp | __GFP_RECLAIMABLE);
 
-	queue_work(nbdcow_wq, &rmw->work);
+	if (page)	/* counts as memory that is as good as free */
+		mod_node_page_state(page_pgdat(page),
+				    NR_KERNEL_MISC_RECLAIMABLE, 1);
+	return page;
 }
 
-static void rmw_read(struct nbdcow_rmw *rmw, blk_opf_t flags)
+/* Take the cache's own reference back. */
+static void page_drop(struct page *page)
 {
-	bio_init(&rmw->bio, rmw->t->base->bdev, &rmw->bvec, 1,
-		 REQ_OP_READ | flags);
-	rmw->bio.bi_iter.bi_sector = first_sector(rmw);
-	rmw->bio.bi_end_io = rmw_endio;
-	__bio_add_page(&rmw->bio, rmw->page, base_bytes(rmw), 0);
-	submit_bio_noacct(&rmw->bio);
-}
-
-/* The base's content is there: let every partial write add its own bytes. */
-static void rmw_install(struct nbdcow_rmw *rmw, struct bio_list *bios)
-{
-	void *base = page_address(rmw->page);
-	unsigned int bytes = base_bytes(rmw);
-	struct nbdcow_piece piece;
-	struct bio *bio;
-	int ret;
-
-	memset(base + bytes, 0, NBDCOW_BLOCK_BYTES - bytes);
-	while ((bio = bio_list_pop(bios))) {
-		nbdcow_piece_init(&piece, rmw->t, bio, bio->bi_iter);
-		piece.base = base;
-		ret = nbdcow_overlay_wait(rmw->t->overlay, &piece,
-					  nbdcow_overlay_write);
-		nbdcow_bio_complete(bio, ret);
-	}
-}
-
-static void rmw_free(struct nbdcow_rmw *rmw)
-{
-	struct nbdcow_target *t = rmw->t;
-
-	if (rmw->page)
-		mempool_free(rmw->page, &t->rmw_pages);
-	mempool_free(rmw, &t->rmw_pool);
-}
-
-static void rmw_work(struct work_struct *work)
-{
-	struct nbdcow_rmw *rmw = container_of(work, struct nbdcow_rmw, work);
-	struct nbdcow_target *t = rmw->t;
-	blk_status_t status = rmw->bio.bi_status;
-	struct bio_list bios;
-	struct bio *bio;
-	bool idle;
-
-	bio_uninit(&rmw->bio);
-	if (status == BLK_STS_AGAIN) {	/* was tried with REQ_NOWAIT */
-		rmw_read(rmw, 0);
-		return;
-	}
-	nbdcow_base_done(t, status);
-
-	/* Nobody may join from here on: the block's state decides instead. */
-	spin_lock(&t->rmw_lock);
-	hlist_del(&rmw->node);
-	bios = rmw->bios;
-	spin_unlock(&t->rmw_lock);
-
-	if (status) {
-		while ((bio = bio_list_pop(&bios)))
-			nbdcow_bio_complete(bio, blk_status_to_errno(status));
-	} else {
-		rmw_install(rmw, &bios);
-	}
-
-	spin_lock(&t->rmw_lock);
-	rmw_free(rmw);
-	bio = bio_list_pop(&t->rmw_waiting);
-	idle = !--t->rmw_inflight && !bio;
-	spin_unlock(&t->rmw_lock);
-	if (bio)
-		nbdcow_defer(t, bio);
-	else if (idle)
-		wake_up_var(&t->rmw_inflight);	/* t may be gone: only a key */
-}
-
-static struct nbdcow_rmw *rmw_alloc(struct nbdcow_target *t)
-{
-	struct nbdcow_rmw *rmw;
-
-	lockdep_assert_held(&t->rmw_lock);
-
-	if (t->rmw_inflight >= NBDCOW_RMW_MAX)
-		return NULL;
-	rmw = mempool_alloc(&t->rmw_pool, GFP_NOWAIT | __GFP_NOWARN);
-	if (!rmw)
-		return NULL;
-	rmw->t = t;
-	rmw->page = mempool_alloc(&t->rmw_pages, GFP_NOWAIT | __GFP_NOWARN);
-	if (!rmw->page) {
-		rmw_free(rmw);
-		return NULL;
-	}
-	t->rmw_inflight++;
-	return rmw;
+	mod_node_page_state(page_pgdat(page), NR_KERNEL_MISC_RECLAIMABLE, -1);
+	put_page(page);
 }
 
 /**
- * nbdcow_rmw_next() - go on with a bio that waits for a descriptor, if any
- * @t: the target, kept alive by a bio of the caller
+ * nbdcow_cache_find() - find a block of the base in the cache
+ * @base: the base
+ * @block: the block
  *
- * For a bio that came from the waiting list and needed no descriptor after all.
+ * Context: any.
+ * Return: its page with a reference, or NULL.
+ */
+struct page *nbdcow_cache_find(struct nbdcow_base *base, u64 block)
+{
+	struct folio *folio;
+	struct page *page;
+
+	if (!atomic_long_read(&base->cached))
+		return NULL;
+
+	rcu_read_lock();
+	do {
+		page = xa_load(&base->blocks, block);
+		if (!page || is_fetch(page)) {
+			page = NULL;
+			break;
+		}
+		folio = page_folio(page);
+		if (!folio_try_get(folio))
+			continue;
+		if (likely(xa_load(&base->blocks, block) == page)) {
+			if (!folio_test_referenced(folio))
+				folio_set_referenced(folio);
+			break;
+		}
+		folio_put(folio);
+	} while (true);
+	rcu_read_unlock();
+	return page;
+}
+
+/* Drop @want blocks that were not used lately, or @all that there are. */
+static unsigned long evict(struct nbdcow_base *base, unsigned long want, bool all)
+{
+	unsigned long chances = all ? 0 : NBDCOW_CHANCES, dropped = 0;
+	XA_STATE(xas, &base->blocks, 0);
+	bool wrapped = false;
+	struct page *page;
+
+	xa_lock(&base->blocks);
+	xas_set(&xas, base->hand);
+	while (dropped < want) {
+		page = xas_find(&xas, ULONG_MAX);
+		if (!page) {
+			if (wrapped)
+				break;
+			wrapped = true;
+			xas_set(&xas, 0);
+			continue;
+		}
+		if (is_fetch(page))
+			continue;
+		if (chances && folio_test_referenced(page_folio(page))) {
+			folio_clear_referenced(page_folio(page));
+			chances--;
+			continue;
+		}
+		xas_store(&xas, NULL);
+		page_drop(page);
+		dropped++;
+	}
+	base->hand = page ? xas.xa_index + 1 : 0;
+	atomic_long_sub(dropped, &base->cached);
+	xa_unlock(&base->blocks);
+	return dropped;
+}
+
+/* Room for @nr more blocks; with @replace at the cost of others. */
+static bool reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
+{
+	unsigned long limit = READ_ONCE(base->limit);
+	unsigned long now = atomic_long_add_return(nr, &base->cached);
+
+	if (now <= limit)
+		return true;
+	if (replace && nr <= limit) {
+		atomic_long_add(evict(base, now - limit, false), &base->evicted);
+		now = atomic_long_read(&base->cached);
+		if (now <= limit)
+			return true;
+	}
+	atomic_long_sub(nr, &base->cached);
+	return false;
+}
+
+/**
+ * nbdcow_cache_add() - put a copy of a block of the base into the cache
+ * @base: the base
+ * @block: a block that the base has whole
+ * @content: what it holds
+ *
+ * Does nothing where there is no room or no memory.
+ *
+ * Context: process context; GFP_NOIO.
+ */
+void nbdcow_cache_add(struct nbdcow_base *base, u64 block, const void *content)
+{
+	gfp_t gfp = nbdcow_gfp(NBDCOW_MAP);
+	struct page *page;
+
+	if (!reserve(base, 1, true))
+		return;
+	page = page_alloc(gfp);
+	if (page) {
+		memcpy(nbdcow_cache_address(page, block), content, NBDCOW_BLOCK_BYTES);
+		if (!xa_cmpxchg(&base->blocks, block, NULL, page, gfp))
+			return;
+		page_drop(page);
+	}
+	atomic_long_dec(&base->cached);
+}
+
+/**
+ * nbdcow_cache_drop() - drop all that is cached
+ * @base: the base
+ *
+ * Fetches that are under way still fill the cache.
+ *
+ * Context: process context, sleeps.
+ */
+void nbdcow_cache_drop(struct nbdcow_base *base)
+{
+	while (evict(base, NBDCOW_FETCH_MAX, true))
+		cond_resched();
+}
+
+static unsigned long shrinker_count(struct shrinker *shrinker,
+				    struct shrink_control *sc)
+{
+	struct nbdcow_base *base;
+	unsigned long count = 0;
+
+	if (!mutex_trylock(&bases_mutex))
+		return 0;
+	list_for_each_entry(base, &bases, list)
+		count += atomic_long_read(&base->cached);
+	mutex_unlock(&bases_mutex);
+	return count ? count : SHRINK_EMPTY;
+}
+
+static unsigned long shrinker_scan(struct shrinker *shrinker,
+				   struct shrink_control *sc)
+{
+	unsigned long dropped, total = 0;
+	struct nbdcow_base *base;
+
+	if (!mutex_trylock(&bases_mutex))
+		return SHRINK_STOP;
+	list_for_each_entry(base, &bases, list) {
+		dropped = evict(base, sc->nr_to_scan - total, false);
+		atomic_long_add(dropped, &base->evicted);
+		total += dropped;
+		if (total >= sc->nr_to_scan) {
+			list_rotate_to_front(&base->list, &bases);
+			break;
+		}
+	}
+	mutex_unlock(&bases_mutex);
+	return total ? total : SHRINK_STOP;
+}
+
+/* The last reference frees the cache. */
+static void base_release(struct kref *kref)
+{
+	struct nbdcow_base *base = container_of(kref, struct nbdcow_base, kref);
+
+	list_del(&base->list);
+	mutex_unlock(&bases_mutex);
+
+	nbdcow_cache_drop(base);
+	xa_destroy(&base->blocks);
+	nbdcow_map_destroy(rcu_dereference_protected(base->holes, 1));
+	kfree(base);
+}
+
+static void base_put(struct nbdcow_base *base)
+{
+	kref_put_mutex(&base->kref, base_release, &bases_mutex);
+}
+
+/*
+ * Fetches
+ */
+
+static void fetch_endio(struct bio *bio)
+{
+	struct nbdcow_fetch *fetch = container_of(bio, struct nbdcow_fetch, bio);
+
+	queue_work(nbdcow_wq, &fetch->work);
+}
+
+static void fetch_read(struct nbdcow_fetch *fetch, struct block_device *bdev,
+		       blk_opf_t flags)
+{
+	unsigned int i;
+
+	bio_init(&fetch->bio, bdev, fetch->bvecs, fetch->nr, REQ_OP_READ | flags);
+	fetch->bio.bi_iter.bi_sector = fetch->first * NBDCOW_BLOCK_SECTORS;
+	fetch->bio.bi_end_io = fetch_endio;
+	if (fetch->prefetch)
+		fetch->bio.bi_ioprio = IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0);
+	for (i = 0; i < fetch->nr; i++) {
+		struct page *page = fetch->bvecs[i].bv_page;
+
+		__bio_add_page(&fetch->bio, page, NBDCOW_BLOCK_BYTES,
+			       offset_in_page(nbdcow_cache_address(page,
+							    fetch->first + i)));
+	}
+	submit_bio_noacct(&fetch->bio);
+}
+
+/* Replace the fetch by its pages, or by nothing, and take who waited for it. */
+static void fetch_publish(struct nbdcow_fetch *fetch, bool ok,
+			  struct bio_list *bios)
+{
+	struct nbdcow_base *base = fetch->base;
+	XA_STATE(xas, &base->blocks, fetch->first);
+	unsigned int i;
+
+	xa_lock(&base->blocks);
+	for (i = 0; i < fetch->nr; i++) {
+		struct page *page = fetch->bvecs[i].bv_page;
+
+		xas_set(&xas, fetch->first + i);
+		xas_load(&xas);
+		if (ok)	/* whoever copies from it below has a reference, too */
+			get_page(page);
+		xas_store(&xas, ok ? page : NULL);
+	}
+	*bios = fetch->bios;
+	xa_unlock(&base->blocks);
+}
+
+static void fetch_copy(struct nbdcow_fetch *fetch, struct bio *bio)
+{
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+	struct bvec_iter iter = bio->bi_iter;
+	struct nbdcow_piece piece;
+
+	while (iter.bi_size) {
+		nbdcow_piece_init(&piece, io->t, bio, iter);
+		nbdcow_copy_from_page(&piece, fetch->bvecs[piece.block -
+							   fetch->first].bv_page);
+		iter = piece.iter;
+	}
+	nbdcow_bio_complete(bio, 0);
+}
+
+static void prefetch_ended(struct nbdcow_prefetch *prefetch, blk_status_t status)
+{
+	spin_lock(&prefetch->lock);
+	if (status && prefetch->state == NBDCOW_PREFETCH_RUNNING)
+		prefetch->state = NBDCOW_PREFETCH_FAILED;
+	if (!--prefetch->inflight)
+		wake_up_var(&prefetch->inflight);
+	queue_delayed_work(nbdcow_wq, &prefetch->work, 0);
+	spin_unlock(&prefetch->lock);
+}
+
+/* Let everybody have what was read, or read for themselves. */
+static void fetch_end(struct nbdcow_fetch *fetch, blk_status_t status)
+{
+	struct nbdcow_base *base = fetch->base;
+	struct bio_list bios;
+	struct bio *bio;
+	unsigned int i;
+
+	fetch_publish(fetch, !status, &bios);
+	while ((bio = bio_list_pop(&bios))) {
+		if (status)
+			nbdcow_read_base(bio);
+		else
+			fetch_copy(fetch, bio);
+	}
+	for (i = 0; i < fetch->nr; i++) {
+		if (status)
+			page_drop(fetch->bvecs[i].bv_page);
+		else
+			put_page(fetch->bvecs[i].bv_page);
+	}
+	if (status)
+		atomic_long_sub(fetch->nr, &base->cached);
+	if (fetch->prefetch)
+		prefetch_ended(fetch->prefetch, status);
+	kfree(fetch);
+	base_put(base);
+}
+
+static void fetch_work(struct work_struct *work)
+{
+	struct nbdcow_fetch *fetch =
+		container_of(work, struct nbdcow_fetch, work);
+	struct block_device *bdev = fetch->bio.bi_bdev;
+	blk_status_t status = fetch->bio.bi_status;
+
+	bio_uninit(&fetch->bio);
+	/* The bio that began it, or the prefetch, still keeps the device. */
+	if (status == BLK_STS_AGAIN)	/* was tried with REQ_NOWAIT */
+		fetch_read(fetch, bdev, 0);
+	else
+		fetch_end(fetch, status);
+}
+
+/*
+ * Enter a fetch of up to @nr blocks that nobody else fetches; NULL when there
+ * is no room or no memory, or when the first block is there by now.
+ */
+static struct nbdcow_fetch *fetch_create(struct nbdcow_base *base, u64 first,
+					 unsigned int nr, gfp_t gfp,
+					 bool replace)
+{
+	struct nbdcow_fetch *fetch;
+	unsigned int pages, i;
+
+	if (!reserve(base, nr, replace))
+		return NULL;
+	fetch = kmalloc(struct_size(fetch, bvecs, nr), gfp);
+	if (!fetch) {
+		atomic_long_sub(nr, &base->cached);
+		return NULL;
+	}
+	fetch->base = base;
+	fetch->prefetch = NULL;
+	fetch->first = first;
+	bio_list_init(&fetch->bios);
+	INIT_WORK(&fetch->work, fetch_work);
+	for (pages = 0; pages < nr; pages++) {
+		fetch->bvecs[pages].bv_page = page_alloc(gfp);
+		if (!fetch->bvecs[pages].bv_page)
+			break;
+	}
+	for (i = 0; i < pages; i++)
+		if (xa_cmpxchg(&base->blocks, first + i, NULL,
+			       fetch_entry(fetch), gfp))
+			break;
+	atomic_long_sub(nr - i, &base->cached);
+	while (pages > i)
+		page_drop(fetch->bvecs[--pages].bv_page);
+	fetch->nr = i;
+	if (!i) {
+		kfree(fetch);
+		return NULL;
+	}
+	kref_get(&base->kref);
+	return fetch;
+}
+
+/* Join the fetch of a block; -ESTALE if there is none any more. */
+static int fetch_join(struct nbdcow_target *t, u64 block, struct bio *bio,
+		      unsigned int sectors)
+{
+	struct nbdcow_base *base = t->base;
+	unsigned int skip = bio->bi_iter.bi_sector % NBDCOW_BLOCK_SECTORS;
+	XA_STATE(xas, &base->blocks, block);
+	int ret = DM_MAPIO_SUBMITTED;
+	struct nbdcow_fetch *fetch;
+	unsigned int n = 0;
+	void *entry;
+
+	xa_lock(&base->blocks);
+	entry = xas_load(&xas);
+	if (!entry || !is_fetch(entry)) {
+		ret = -ESTALE;
+	} else {
+		do {
+			n += NBDCOW_BLOCK_SECTORS;
+		} while (n < skip + sectors && xas_next(&xas) == entry);
+		sectors = min(n - skip, sectors);
+		fetch = xa_untag_pointer(entry);
+		if (nbdcow_accept_async(bio, sectors)) {
+			bio_list_add(&fetch->bios, bio);
+			this_cpu_add(t->overlay->stats->misses, sectors);
+		} else {
+			ret = -EAGAIN;
+		}
+	}
+	xa_unlock(&base->blocks);
+	return ret;
+}
+
+/**
+ * nbdcow_cache_fetch() - read through the cache
+ * @t: the target
+ * @bio: a read that begins with blocks in state BASE
+ * @sectors: how many sectors of it are
+ *
+ * Takes as much of the bio as one fetch serves, and completes it later.
+ *
+ * Context: process context; neither waits for I/O nor for memory.
+ * Return: DM_MAPIO_SUBMITTED; -EAGAIN if REQ_NOWAIT forbids; -ESTALE if the
+ *	first block was cached meanwhile; -ENOENT if the cache cannot help.
+ */
+int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
+		       unsigned int sectors)
+{
+	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+	u64 end = DIV_ROUND_UP_ULL(sector + sectors, NBDCOW_BLOCK_SECTORS);
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+	blk_opf_t nowait = bio->bi_opf & REQ_NOWAIT;
+	unsigned int skip = sector % NBDCOW_BLOCK_SECTORS;
+	struct nbdcow_base *base = t->base;
+	u64 block = nbdcow_block(sector);
+	struct nbdcow_fetch *fetch;
+	unsigned long next = block;
+	void *entry;
+	bool taken;
+
+	/* What the base does not have whole is not worth the trouble. */
+	end = min3(end, nbdcow_block(t->overlay->base_sectors),
+		   block + NBDCOW_FETCH_MAX);
+	if (block >= end)
+		return -ENOENT;
+
+	io->t = t;
+	entry = xa_find(&base->blocks, &next, end - 1, XA_PRESENT);
+	if (entry && next == block)
+		return is_fetch(entry) ?
+		       fetch_join(t, block, bio, sectors) : -ESTALE;
+	fetch = fetch_create(base, block, (entry ? next : end) - block,
+			     nbdcow_gfp(nowait ? NBDCOW_NOWAIT : NBDCOW_MAP),
+			     true);
+	if (!fetch)
+		return -ENOENT;
+	xa_lock(&base->blocks);
+	taken = nbdcow_accept_async(bio, min(sectors, fetch->nr *
+					     NBDCOW_BLOCK_SECTORS - skip));
+	if (taken)
+		bio_list_add(&fetch->bios, bio);
+	xa_unlock(&base->blocks);
+	if (!taken) {
+		fetch_end(fetch, BLK_STS_AGAIN);
+		return -EAGAIN;
+	}
+	this_cpu_add(t->overlay->stats->misses, bio_sectors(bio));
+	fetch_read(fetch, t->dev->bdev, nowait);
+	return DM_MAPIO_SUBMITTED;
+}
+
+/**
+ * nbdcow_cache_gap() - how far the next cached block is
+ * @base: the base
+ * @block: a block that is not cached
+ * @max: most blocks that the caller cares for
+ *
+ * Context: any.
+ * Return: number of blocks from @block on that are not cached, at most @max.
+ */
+u64 nbdcow_cache_gap(struct nbdcow_base *base, u64 block, u64 max)
+{
+	unsigned long next = block;
+
+	if (!atomic_long_read(&base->cached) ||
+	    !xa_find(&base->blocks, &next, block + max - 1, XA_PRESENT))
+		return max;
+	return next - block;
+}
+
+/*
+ * Prefetch
+ */
+
+/* Enter a fetch of what comes next; NULL when nothing does, or nothing fits. */
+static struct nbdcow_fetch *prefetch_next(struct nbdcow_base *base,
+					  struct nbdcow_prefetch *prefetch)
+{
+	gfp_t gfp = nbdcow_gfp(NBDCOW_WORK);
+	struct nbdcow_fetch *fetch;
+	u64 run;
+
+	for (; prefetch->next < prefetch->end; prefetch->next += run) {
+		run = prefetch->end - prefetch->next;
+		if (nbdcow_base_hole(base, prefetch->next, run, &run))
+			continue;
+		run = nbdcow_cache_gap(base, prefetch->next,
+				       min_t(u64, run, NBDCOW_FETCH_MAX));
+		if (run) {
+			fetch = fetch_create(base, prefetch->next, run, gfp,
+					     false);
+			if (fetch)
+				prefetch->next += fetch->nr;
+			else if (!xa_load(&base->blocks, prefetch->next))
+				return NULL;
+			if (fetch)
+				return fetch;
+		}
+		run = 1;	/* is there, or on its way */
+		cond_resched();
+	}
+	return NULL;
+}
+
+static void prefetch_work(struct work_struct *work)
+{
+	struct nbdcow_prefetch *prefetch =
+		container_of(to_delayed_work(work), struct nbdcow_prefetch, work);
+	struct nbdcow_target *t =
+		container_of(prefetch, struct nbdcow_target, prefetch);
+	struct nbdcow_fetch *fetch;
+	unsigned int nr;
+
+	for (;;) {
+		spin_lock(&prefetch->lock);
+		if (prefetch->state != NBDCOW_PREFETCH_RUNNING ||
+		    prefetch->paused ||
+		    prefetch->inflight >= (prefetch->rate ?
+					   1 : NBDCOW_PREFETCH_DEPTH)) {
+			spin_unlock(&prefetch->lock);
+			return;
+		}
+		prefetch->inflight++;
+		spin_unlock(&prefetch->lock);
+
+		fetch = prefetch_next(t->base, prefetch);
+		if (!fetch)
+			break;
+		fetch->prefetch = prefetch;
+		nr = fetch->nr;
+		fetch_read(fetch, t->dev->bdev, 0);
+		if (prefetch->rate)
+			queue_delayed_work(nbdcow_wq, &prefetch->work,
+					   (u64)nr * NBDCOW_BLOCK_BYTES / 1024 *
+					   HZ / prefetch->rate);
+	}
+
+	spin_lock(&prefetch->lock);
+	prefetch->inflight--;
+	if (prefetch->state == NBDCOW_PREFETCH_RUNNING) {
+		if (prefetch->next < prefetch->end)
+			prefetch->state = NBDCOW_PREFETCH_FULL;
+		else if (!prefetch->inflight)
+			prefetch->state = NBDCOW_PREFETCH_DONE;
+	}
+	if (!prefetch->inflight)
+		wake_up_var(&prefetch->inflight);
+	spin_unlock(&prefetch->lock);
+}
+
+/**
+ * nbdcow_prefetch_start() - begin to fill the cache in the background
+ * @t: the target
+ * @block: first block of the base
+ * @count: number of blocks; what lies past the base's end is ignored
+ * @rate: most KiB to read in a second, or 0
+ *
+ * It ends when all is cached, when the cache's limit leaves no room, when the
+ * base gives an error, or with nbdcow_prefetch_stop().
+ *
+ * Context: process context.
+ * Return: 0, or -EBUSY when another one is under way.
+ */
+int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
+			  unsigned int rate)
+{
+	u64 blocks = nbdcow_block(t->overlay->base_sectors);
+	struct nbdcow_prefetch *prefetch = &t->prefetch;
+
+	block = min(block, blocks);
+	spin_lock(&prefetch->lock);
+	if (prefetch->state == NBDCOW_PREFETCH_RUNNING || prefetch->inflight) {
+		spin_unlock(&prefetch->lock);
+		return -EBUSY;
+	}
+	prefetch->first = block;
+	prefetch->next = block;
+	prefetch->end = block + min(count, blocks - block);
+	prefetch->rate = rate;
+	prefetch->state = NBDCOW_PREFETCH_RUNNING;
+	spin_unlock(&prefetch->lock);
+	queue_delayed_work(nbdcow_wq, &prefetch->work, 0);
+	return 0;
+}
+
+/**
+ * nbdcow_prefetch_stop() - end a prefetch; reads under way still come
+ * @t: the target
  *
  * Context: process context.
  */
-void nbdcow_rmw_next(struct nbdcow_target *t)
+void nbdcow_prefetch_stop(struct nbdcow_target *t)
 {
-	struct bio *bio;
+	struct nbdcow_prefetch *prefetch = &t->prefetch;
 
-	spin_lock(&t->rmw_lock);
-	bio = bio_list_pop(&t->rmw_waiting);
-	spin_unlock(&t->rmw_lock);
-	if (bio)
-		nbdcow_defer(t, bio);
+	spin_lock(&prefetch->lock);
+	if (prefetch->state == NBDCOW_PREFETCH_RUNNING)
+		prefetch->state = NBDCOW_PREFETCH_STOPPED;
+	spin_unlock(&prefetch->lock);
 }
 
 /**
- * nbdcow_rmw_submit() - write a part of a block that is in state BASE
+ * nbdcow_prefetch_pause() - let no prefetch read, or let it go on
  * @t: the target
- * @bio: a WRITE or WRITE_ZEROES that lies within one block; completed later
+ * @pause: true: return when nothing is under way any more
  *
- * Context: process context; does not wait for I/O or memory.
+ * Context: process context; sleeps if @pause.
  */
-void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio)
+void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause)
 {
-	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
-	u64 block = nbdcow_block(sector);
-	struct nbdcow_rmw *rmw;
-	struct bio *next;
+	struct nbdcow_prefetch *prefetch = &t->prefetch;
 
-	spin_lock(&t->rmw_lock);
-	hlist_for_each_entry(rmw, bucket(t, block), node) {
-		if (rmw->block == block) {
-			bio_list_add(&rmw->bios, bio);
-			next = bio_list_pop(&t->rmw_waiting);
-			spin_unlock(&t->rmw_lock);
-			if (next)
-				nbdcow_defer(t, next);
-			return;
-		}
-	}
-	rmw = rmw_alloc(t);
-	if (!rmw) {
-		/* Others are under way, or the reserve would have served. */
-		bio_list_add(&t->rmw_waiting, bio);
-		spin_unlock(&t->rmw_lock);
+	spin_lock(&prefetch->lock);
+	prefetch->paused = pause;
+	spin_unlock(&prefetch->lock);
+	if (!pause) {
+		queue_delayed_work(nbdcow_wq, &prefetch->work, 0);
 		return;
 	}
-	rmw->block = block;
-	bio_list_init(&rmw->bios);
-	bio_list_add(&rmw->bios, bio);
-	INIT_WORK(&rmw->work, rmw_work);
-	hlist_add_head(&rmw->node, bucket(t, block));
-	spin_unlock(&t->rmw_lock);
+	wait_var_event(&prefetch->inflight, !READ_ONCE(prefetch->inflight));
+	cancel_delayed_work_sync(&prefetch->work);
+	/* The last one may still be unlocking. */
+	spin_lock(&prefetch->lock);
+	spin_unlock(&prefetch->lock);
+}
 
-	rmw_read(rmw, bio->bi_opf & REQ_NOWAIT);
+/*
+ * Holes
+ */
+
+/**
+ * nbdcow_base_hole() - does the base read as zeroes, as far as is known?
+ * @base: the base
+ * @block: first block
+ * @max: most blocks that the caller cares for
+ * @run: set to the number of blocks for which the answer is the same
+ *
+ * Context: any.
+ * Return: true if it does.
+ */
+bool nbdcow_base_hole(struct nbdcow_base *base, u64 block, u64 max, u64 *run)
+{
+	struct nbdcow_map *holes;
+	bool hole = false;
+
+	*run = max;
+	if (!rcu_access_pointer(base->holes))
+		return false;
+	rcu_read_lock();
+	holes = rcu_dereference(base->holes);
+	if (block < holes->nr_blocks) {
+		max = min(max, holes->nr_blocks - block);
+		hole = nbdcow_map_run(holes, block, max, run) == NBDCOW_ZERO;
+	}
+	rcu_read_unlock();
+	return hole;
 }
 
 /**
- * nbdcow_rmw_init() - prepare read-modify-write
- * @t: the target, zeroed
+ * nbdcow_base_add_hole() - make known that the base reads as zeroes somewhere
+ * @t: a target on this base
+ * @block: first block
+ * @count: number of blocks
  *
  * Context: process context, sleeps.
- * Return: 0 or -ENOMEM; nbdcow_rmw_exit() is due in both cases.
+ * Return: 0, -ERANGE past the end of the base, or -ENOMEM.
  */
-int nbdcow_rmw_init(struct nbdcow_target *t)
+int nbdcow_base_add_hole(struct nbdcow_target *t, u64 block, u64 count)
 {
-	int ret;
+	u64 blocks = nbdcow_block(t->overlay->base_sectors);
+	struct nbdcow_base *base = t->base;
+	struct nbdcow_map *holes;
+	unsigned int noio;
+	int ret = 0;
 
-	spin_lock_init(&t->rmw_lock);
-	bio_list_init(&t->rmw_waiting);
-	ret = mempool_init_kmalloc_pool(&t->rmw_pool, NBDCOW_RMW_RESERVE,
-					sizeof(struct nbdcow_rmw));
-	if (ret)
-		return ret;
-	return mempool_init_page_pool(&t->rmw_pages, NBDCOW_RMW_RESERVE, 0);
+	if (block > blocks || count > blocks - block)
+		return -ERANGE;
+
+	/* A suspend may be waiting for this message. */
+	noio = memalloc_noio_save();
+	mutex_lock(&base->mutex);
+	holes = rcu_dereference_protected(base->holes, 1);
+	if (!holes) {
+		holes = nbdcow_map_create(blocks, GFP_KERNEL);
+		if (!holes)
+			ret = -ENOMEM;
+		else
+			rcu_assign_pointer(base->holes, holes);
+	}
+	if (!ret && block + count > holes->nr_blocks)
+		ret = -ERANGE;	/* the base was smaller when this began */
+	while (count && !ret) {
+		unsigned long n = nbdcow_leaf_span(block, count);
+
+		if (n == NBDCOW_LEAF_BLOCKS) {
+			nbdcow_map_zero_leaf(holes, block);
+		} else {
+			ret = nbdcow_map_prepare(holes, block, GFP_KERNEL);
+			if (!ret && !nbdcow_map_is_uniform(holes, block, n,
+							   NBDCOW_ZERO))
+				nbdcow_map_change(holes, block, n, NBDCOW_ZERO);
+		}
+		block += n;
+		count -= n;
+	}
+	mutex_unlock(&base->mutex);
+	memalloc_noio_restore(noio);
+	return ret;
+}
+
+/*
+ * Objects
+ */
+
+/* The strictest wish of all targets counts. */
+static void update_limit(struct nbdcow_base *base)
+{
+	unsigned long limit = NBDCOW_NO_LIMIT;
+	unsigned long now = atomic_long_read(&base->cached);
+	struct nbdcow_target *t;
+
+	list_for_each_entry(t, &base->targets, list)
+		limit = min(limit, READ_ONCE(t->cache_limit));
+	WRITE_ONCE(base->limit, limit);
+	if (now > limit)
+		atomic_long_add(evict(base, now - limit, false), &base->evicted);
 }
 
 /**
- * nbdcow_rmw_exit() - wait for the last descriptor, free the reserve
+ * nbdcow_base_set_limit() - say how much a target lets the cache hold
+ * @t: the target
+ * @limit: blocks, or NBDCOW_NO_LIMIT
+ *
+ * Context: process context, sleeps.
+ */
+void nbdcow_base_set_limit(struct nbdcow_target *t, unsigned long limit)
+{
+	mutex_lock(&t->base->mutex);
+	WRITE_ONCE(t->cache_limit, limit);
+	if (list_empty(&t->list))
+		list_add(&t->list, &t->base->targets);
+	update_limit(t->base);
+	mutex_unlock(&t->base->mutex);
+}
+
+/* What the overlays on a device share; NULL without memory. */
+static struct nbdcow_base *base_get(struct block_device *bdev)
+{
+	struct nbdcow_base *base;
+
+	mutex_lock(&bases_mutex);
+	list_for_each_entry(base, &bases, list) {
+		if (base->dev == bdev->bd_dev) {
+			kref_get(&base->kref);
+			goto out;
+		}
+	}
+	base = kzalloc(sizeof(*base), GFP_KERNEL);
+	if (!base)
+		goto out;
+	base->dev = bdev->bd_dev;
+	base->limit = NBDCOW_NO_LIMIT;
+	xa_init(&base->blocks);
+	mutex_init(&base->mutex);
+	INIT_LIST_HEAD(&base->targets);
+	kref_init(&base->kref);
+	list_add(&base->list, &bases);
+out:
+	mutex_unlock(&bases_mutex);
+	return base;
+}
+
+/**
+ * nbdcow_base_init() - prepare what a target has to do with its base
+ * @t: the target, zeroed, with its base device open
+ *
+ * Context: process context, sleeps.
+ * Return: 0 or -ENOMEM.
+ */
+int nbdcow_base_init(struct nbdcow_target *t)
+{
+	INIT_LIST_HEAD(&t->list);
+	spin_lock_init(&t->prefetch.lock);
+	INIT_DELAYED_WORK(&t->prefetch.work, prefetch_work);
+	t->base = base_get(t->dev->bdev);
+	return t->base ? 0 : -ENOMEM;
+}
+
+/**
+ * nbdcow_base_exit() - undo nbdcow_base_init()
  * @t: the target, without I/O in flight
  *
  * Context: process context, sleeps.
  */
-void nbdcow_rmw_exit(struct nbdcow_target *t)
+void nbdcow_base_exit(struct nbdcow_target *t)
 {
-	/* A work may still be between the end of its bios and its own. */
-	wait_var_event(&t->rmw_inflight, !READ_ONCE(t->rmw_inflight));
-	/* And the last one may still be unlocking. */
-	spin_lock(&t->rmw_lock);
-	spin_unlock(&t->rmw_lock);
-	mempool_exit(&t->rmw_pages);
-	mempool_exit(&t->rmw_pool);
+	struct nbdcow_base *base = t->base;
+
+	if (!base)
+		return;
+	nbdcow_prefetch_pause(t, true);
+	mutex_lock(&base->mutex);
+	list_del_init(&t->list);
+	update_limit(base);
+	mutex_unlock(&base->mutex);
+	base_put(base);
+}
+
+static struct shrinker *shrinker;
+
+/**
+ * nbdcow_shrinker_init() - let memory pressure drop caches
+ *
+ * Context: module load.
+ * Return: 0 or -ENOMEM.
+ */
+int nbdcow_shrinker_init(void)
+{
+	shrinker = nbdcow_shrinker_start(shrinker_count, shrinker_scan);
+	return shrinker ? 0 : -ENOMEM;
+}
+
+/**
+ * nbdcow_shrinker_exit() - undo nbdcow_shrinker_init()
+ *
+ * Context: module unload.
+ */
+void nbdcow_shrinker_exit(void)
+{
+	nbdcow_shrinker_stop(shrinker);
 }

@@ -10,6 +10,8 @@
 #include <linux/device-mapper.h>
 #include <linux/pagemap.h>
 #include <linux/shmem_fs.h>
+#include <linux/shrinker.h>
+#include <linux/slab.h>
 #include <linux/version.h>
 
 /* 7.0: the flags of shmem_file_setup() became a bitmap type. */
@@ -40,6 +42,45 @@ nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
 
 #define filemap_get_folio	nbdcow_filemap_get_folio
 #endif
+
+/* 6.7: shrinkers are allocated. Returns one that works, or NULL. */
+static inline struct shrinker *
+nbdcow_shrinker_start(unsigned long (*count)(struct shrinker *shrinker,
+					     struct shrink_control *sc),
+		      unsigned long (*scan)(struct shrinker *shrinker,
+					    struct shrink_control *sc))
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+	struct shrinker *shrinker = kzalloc(sizeof(*shrinker), GFP_KERNEL);
+#else
+	struct shrinker *shrinker = shrinker_alloc(0, "dm-nbdcow");
+#endif
+
+	if (!shrinker)
+		return NULL;
+	shrinker->count_objects = count;
+	shrinker->scan_objects = scan;
+	shrinker->seeks = DEFAULT_SEEKS;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+	if (register_shrinker(shrinker, "dm-nbdcow")) {
+		kfree(shrinker);
+		return NULL;
+	}
+#else
+	shrinker_register(shrinker);
+#endif
+	return shrinker;
+}
+
+static inline void nbdcow_shrinker_stop(struct shrinker *shrinker)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 7, 0)
+	unregister_shrinker(shrinker);
+	kfree(shrinker);
+#else
+	shrinker_free(shrinker);
+#endif
+}
 
 /*
  * Properties of the base that we do not share: its alignment, and since they

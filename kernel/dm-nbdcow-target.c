@@ -126,6 +126,9 @@
 #define NBDCOW_MAX_ZERO_SECTORS \
 	round_down(UINT_MAX >> SECTOR_SHIFT, NBDCOW_BLOCK_SECTORS)
 
+/* How long failed reads of the base wait before one tries again. */
+#define NBDCOW_RETRY_PAUSE	HZ
+
 struct workqueue_struct *nbdcow_wq;
 
 /**
@@ -155,6 +158,8 @@ void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status)
 		WRITE_ONCE(t->base_failed, true);
 	} else if (unlikely(READ_ONCE(t->base_failed))) {
 		WRITE_ONCE(t->base_failed, false);
+		if (READ_ONCE(t->nr_queued))
+			mod_delayed_work(nbdcow_wq, &t->retry_work, 0);
 	}
 }
 
@@ -171,6 +176,7 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 		       struct bio *bio, struct bvec_iter iter)
 {
 	sector_t sector = dm_target_offset(t->ti, iter.bi_sector);
+	u64 run;
 
 	piece->bio = bio;
 	piece->iter = iter;
@@ -179,7 +185,8 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 	piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset, iter.bi_size);
 	piece->base = NULL;
 	piece->base_is_zero = piece->block * NBDCOW_BLOCK_SECTORS >=
-			      t->overlay->base_sectors;
+			      t->overlay->base_sectors ||
+			      nbdcow_base_hole(t->base, piece->block, 1, &run);
 	piece->context = bio->bi_opf & REQ_NOWAIT ? NBDCOW_NOWAIT : NBDCOW_MAP;
 	piece->new_block = false;
 }
@@ -201,14 +208,44 @@ static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
 				     DIV_ROUND_UP(skip + max,
 						  NBDCOW_BLOCK_SECTORS), &run);
 	*sectors = min_t(u64, max, run * NBDCOW_BLOCK_SECTORS - skip);
-	if (state == NBDCOW_BASE) {
-		if (sector >= base_sectors)
-			state = NBDCOW_ZERO;
-		else
-			*sectors = min_t(sector_t, *sectors,
-					 base_sectors - sector);
-	}
+	if (state != NBDCOW_BASE)
+		return state;
+	if (sector >= base_sectors)
+		return NBDCOW_ZERO;
+	*sectors = min_t(sector_t, *sectors, base_sectors - sector);
+	if (nbdcow_base_hole(t->base, nbdcow_block(sector), run, &run))
+		state = NBDCOW_ZERO;
+	*sectors = min_t(u64, *sectors, run * NBDCOW_BLOCK_SECTORS - skip);
 	return state;
+}
+
+/**
+ * nbdcow_extent() - where a block lives, and for how long that lasts
+ * @t: the target
+ * @block: first block
+ * @max: most blocks that the caller cares for
+ * @run: set to the number of blocks for which the answer is the same
+ *
+ * Context: any.
+ * Return: b for the base, h for a known hole of the base, o for the overlay, z
+ *	for zeroes of the overlay's or past the end of the base.
+ */
+char nbdcow_extent(struct nbdcow_target *t, u64 block, u64 max, u64 *run)
+{
+	u64 base_blocks = DIV_ROUND_UP_ULL(t->overlay->base_sectors,
+					   NBDCOW_BLOCK_SECTORS);
+
+	switch (nbdcow_overlay_state(t->overlay, block, max, run)) {
+	case NBDCOW_OVERLAY:
+		return 'o';
+	case NBDCOW_ZERO:
+		return 'z';
+	default:
+		if (block >= base_blocks)
+			return 'z';
+		*run = min(*run, base_blocks - block);
+		return nbdcow_base_hole(t->base, block, *run, run) ? 'h' : 'b';
+	}
 }
 
 /* The first @sectors of a bio are done or taken; let the core send the rest. */
@@ -228,21 +265,113 @@ static bool may_go_async(struct bio *bio, unsigned int sectors)
 	return !(bio->bi_opf & REQ_NOWAIT) || sectors == bio_sectors(bio);
 }
 
+/**
+ * nbdcow_accept_async() - take the first part of a bio, to complete it later
+ * @bio: the bio
+ * @sectors: how much of it
+ *
+ * Context: any, from map().
+ * Return: false, with nothing done, if REQ_NOWAIT forbids.
+ */
+bool nbdcow_accept_async(struct bio *bio, unsigned int sectors)
+{
+	if (!may_go_async(bio, sectors))
+		return false;
+	accept(bio, sectors);
+	return true;
+}
+
 static int finish(struct bio *bio, int error)
 {
 	nbdcow_bio_complete(bio, error);
 	return DM_MAPIO_SUBMITTED;
 }
 
+#define count_read(t, from, sectors) \
+	this_cpu_add((t)->overlay->stats->from, sectors)
+
 static void remap(struct nbdcow_target *t, struct bio *bio)
 {
-	bio_set_dev(bio, t->base->bdev);
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	io->t = NULL;
+	if (unlikely(READ_ONCE(t->queue_errors))) {
+		io->t = t;
+		io->iter = bio->bi_iter;
+		io->flags = bio->bi_flags;
+	}
+	count_read(t, base, bio_sectors(bio));
+	bio_set_dev(bio, t->dev->bdev);
 	bio->bi_iter.bi_sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+}
+
+/**
+ * nbdcow_read_base() - send a read to the base, outside of map()
+ * @bio: the read, with its target beside it
+ *
+ * Context: process context.
+ */
+void nbdcow_read_base(struct bio *bio)
+{
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	bio->bi_opf &= ~REQ_NOWAIT;
+	remap(io->t, bio);
+	submit_bio_noacct(bio);
+}
+
+/* Copy what the cache has of the next @sectors; how many that was. */
+static unsigned int read_cached(struct nbdcow_target *t, struct bio *bio,
+				struct bvec_iter *iter, unsigned int sectors)
+{
+	struct nbdcow_piece piece;
+	unsigned int done = 0;
+	struct page *page;
+
+	while (done < sectors) {
+		nbdcow_piece_init(&piece, t, bio, *iter);
+		piece.bytes = min(piece.bytes, (sectors - done) << SECTOR_SHIFT);
+		page = nbdcow_cache_find(t->base, piece.block);
+		if (!page)
+			break;
+		nbdcow_copy_from_page(&piece, page);
+		put_page(page);
+		*iter = piece.iter;
+		done += piece.bytes >> SECTOR_SHIFT;
+	}
+	if (done)
+		count_read(t, hits, done);
+	return done;
+}
+
+/* Read blocks in state BASE, the first of which is not cached. */
+static int map_base(struct nbdcow_target *t, struct bio *bio, unsigned int n)
+{
+	u64 block = nbdcow_block(dm_target_offset(t->ti, bio->bi_iter.bi_sector));
+	unsigned int skip = bio->bi_iter.bi_sector % NBDCOW_BLOCK_SECTORS;
+	u64 gap = nbdcow_cache_gap(t->base, block,
+				   DIV_ROUND_UP(skip + n, NBDCOW_BLOCK_SECTORS));
+	int ret;
+
+	/* Without a gap the block is being read, or was a moment ago. */
+	if (unlikely(!gap || READ_ONCE(t->cow_on_read) ||
+		     (bio->bi_opf & REQ_RAHEAD && READ_ONCE(t->cow_on_cache)))) {
+		ret = nbdcow_cache_fetch(t, bio, n);
+		if (ret == -EAGAIN)
+			return finish(bio, ret);
+		if (ret != -ENOENT)
+			return ret;
+	}
+	n = min_t(u64, n, max(gap, 1ULL) * NBDCOW_BLOCK_SECTORS - skip);
+	if (!nbdcow_accept_async(bio, n))
+		return finish(bio, -EAGAIN);
+	remap(t, bio);
+	return DM_MAPIO_REMAPPED;
 }
 
 static int map_read(struct nbdcow_target *t, struct bio *bio)
 {
-	unsigned int total = bio_sectors(bio), done = 0, n;
+	unsigned int total = bio_sectors(bio), done = 0, n, cached;
 	struct bvec_iter iter = bio->bi_iter;
 	struct nbdcow_piece piece;
 	int ret;
@@ -251,13 +380,16 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 		switch (state_at(t, dm_target_offset(t->ti, iter.bi_sector),
 				 total - done, &n)) {
 		case NBDCOW_BASE:
+			cached = read_cached(t, bio, &iter, n);
+			done += cached;
+			if (cached)
+				break;
 			if (done)
 				goto out;
-			if (!may_go_async(bio, n))
-				return finish(bio, -EAGAIN);
-			accept(bio, n);
-			remap(t, bio);
-			return DM_MAPIO_REMAPPED;
+			ret = map_base(t, bio, n);
+			if (ret == -ESTALE)	/* cached */
+				break;
+			return ret;
 		case NBDCOW_ZERO:
 			nbdcow_zero_bio(bio, &iter, n << SECTOR_SHIFT);
 			done += n;
@@ -271,13 +403,13 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 				if (done)
 					goto out;
 				n = piece.bytes >> SECTOR_SHIFT;
-				if (!may_go_async(bio, n))
+				if (!nbdcow_accept_async(bio, n))
 					return finish(bio, -EAGAIN);
-				accept(bio, n);
 				return nbdcow_defer(t, bio);
 			}
 			if (ret)
 				return finish(bio, ret);
+			count_read(t, overlay, piece.bytes >> SECTOR_SHIFT);
 			iter = piece.iter;
 			done += piece.bytes >> SECTOR_SHIFT;
 			break;
@@ -286,6 +418,21 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 out:
 	accept(bio, done);
 	return finish(bio, 0);
+}
+
+/* Write a part of a block in state BASE, if the cache has it. */
+static int write_cached(struct nbdcow_target *t, struct nbdcow_piece *piece)
+{
+	struct page *page = nbdcow_cache_find(t->base, piece->block);
+	int ret;
+
+	if (!page)
+		return -ENODATA;
+	piece->base = nbdcow_cache_address(page, piece->block);
+	ret = nbdcow_overlay_write(t->overlay, piece);
+	piece->base = NULL;
+	put_page(page);
+	return ret;
 }
 
 /* WRITE, or the parts of blocks at the ends of a WRITE_ZEROES. */
@@ -300,12 +447,13 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 		nbdcow_piece_init(&piece, t, bio, iter);
 		n = piece.bytes >> SECTOR_SHIFT;
 		ret = nbdcow_overlay_write(t->overlay, &piece);
+		if (ret == -ENODATA)
+			ret = write_cached(t, &piece);
 		if (ret == -ENODATA || ret == -EINPROGRESS) {
 			if (done)
 				break;
-			if (!may_go_async(bio, n))
+			if (!nbdcow_accept_async(bio, n))
 				return finish(bio, -EAGAIN);
-			accept(bio, n);
 			if (ret == -EINPROGRESS)
 				return nbdcow_defer(t, bio);
 			nbdcow_rmw_submit(t, bio);
@@ -379,9 +527,7 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 			bio_advance_iter(bio, &iter, n << SECTOR_SHIFT);
 			nbdcow_zero_bio(bio, &iter, iter.bi_size);
 			bio->bi_iter.bi_size = n << SECTOR_SHIFT;
-			bio->bi_opf &= ~REQ_NOWAIT;
-			remap(t, bio);
-			submit_bio_noacct(bio);
+			nbdcow_read_base(bio);
 			return;
 		case NBDCOW_ZERO:
 			nbdcow_zero_bio(bio, &iter, iter.bi_size);
@@ -401,10 +547,16 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 static void work_write(struct nbdcow_target *t, struct bio *bio)
 {
 	struct nbdcow_piece piece;
+	struct page *page;
 	int ret;
 
 	nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
+	page = nbdcow_cache_find(t->base, piece.block);
+	if (page)
+		piece.base = nbdcow_cache_address(page, piece.block);
 	ret = nbdcow_overlay_wait(t->overlay, &piece, nbdcow_overlay_write);
+	if (page)
+		put_page(page);
 	if (ret == -ENODATA) {
 		nbdcow_rmw_submit(t, bio);
 		return;
@@ -459,6 +611,141 @@ int nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
 	return DM_MAPIO_SUBMITTED;
 }
 
+/*
+ * Failed reads of the base that wait for its return. One at a time tries again,
+ * and all when one came through. A suspend that does not flush gives them back
+ * to the core, which sends them to the next table; any other lets them fail.
+ */
+
+static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
+{
+	unsigned long flags;
+	bool queued;
+
+	spin_lock_irqsave(&t->queue_lock, flags);
+	queued = t->queue_errors && !t->queue_closed;
+	if (queued) {
+		bio_list_add(&t->queued, bio);
+		t->nr_queued++;
+	}
+	spin_unlock_irqrestore(&t->queue_lock, flags);
+	if (queued)
+		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+	return queued;
+}
+
+/* What a read of the base ends with that may not wait. */
+static blk_status_t failed_status(struct nbdcow_target *t, blk_status_t status)
+{
+	return READ_ONCE(t->queue_errors) && dm_noflush_suspending(t->ti) ?
+	       BLK_STS_DM_REQUEUE : status;
+}
+
+static int end_failed(struct nbdcow_target *t, struct bio *bio,
+		      blk_status_t *status)
+{
+	if (queue_failed(t, bio))
+		return DM_ENDIO_INCOMPLETE;
+	*status = failed_status(t, *status);
+	return DM_ENDIO_DONE;
+}
+
+/**
+ * nbdcow_base_failed() - a partial write could not read the base
+ * @t: the target
+ * @bio: the write, which fails or waits
+ * @status: why
+ *
+ * Context: any.
+ */
+void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
+			blk_status_t status)
+{
+	if (queue_failed(t, bio))
+		return;
+	bio->bi_status = failed_status(t, status);
+	bio_endio(bio);
+}
+
+static void retry(struct nbdcow_target *t, struct bio *bio)
+{
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	if (bio->bi_bdev == t->self) {	/* a write */
+		nbdcow_defer(t, bio);
+		return;
+	}
+	bio->bi_status = BLK_STS_OK;
+	bio->bi_iter = io->iter;
+	bio->bi_flags = io->flags;
+	atomic_set(&bio->__bi_remaining, 1);
+	nbdcow_read_base(bio);
+}
+
+static void take_queued(struct nbdcow_target *t, struct bio_list *bios, bool all)
+{
+	struct bio *bio;
+
+	bio_list_init(bios);
+	spin_lock_irq(&t->queue_lock);
+	while ((all || bio_list_empty(bios)) &&
+	       (bio = bio_list_pop(&t->queued))) {
+		bio_list_add(bios, bio);
+		t->nr_queued--;
+	}
+	spin_unlock_irq(&t->queue_lock);
+}
+
+static void retry_work(struct work_struct *work)
+{
+	struct nbdcow_target *t = container_of(to_delayed_work(work),
+					       struct nbdcow_target, retry_work);
+	struct bio_list bios;
+	struct bio *bio;
+
+	take_queued(t, &bios, !READ_ONCE(t->base_failed));
+	while ((bio = bio_list_pop(&bios)))
+		retry(t, bio);
+	if (READ_ONCE(t->nr_queued))
+		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+}
+
+/* Let none wait any more. */
+static void end_queued(struct nbdcow_target *t)
+{
+	struct bio_list bios;
+	struct bio *bio;
+
+	take_queued(t, &bios, true);
+	while ((bio = bio_list_pop(&bios))) {
+		bio->bi_status = failed_status(t, BLK_STS_IOERR);
+		bio_endio(bio);
+	}
+}
+
+/**
+ * nbdcow_queue_errors() - choose what becomes of failed reads of the base
+ * @t: the target
+ * @on: they wait and try again; else they fail, also those that wait now
+ *
+ * Context: process context.
+ */
+void nbdcow_queue_errors(struct nbdcow_target *t, bool on)
+{
+	spin_lock_irq(&t->queue_lock);
+	t->queue_errors = on;
+	spin_unlock_irq(&t->queue_lock);
+	if (!on)
+		end_queued(t);
+}
+
+static void close_queue(struct nbdcow_target *t, bool closed)
+{
+	spin_lock_irq(&t->queue_lock);
+	t->queue_closed = closed;
+	spin_unlock_irq(&t->queue_lock);
+}
+
 static int nbdcow_map(struct dm_target *ti, struct bio *bio)
 {
 	struct nbdcow_target *t = ti->private;
@@ -479,6 +766,7 @@ static int nbdcow_map(struct dm_target *ti, struct bio *bio)
 static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
 			 blk_status_t *status)
 {
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
 	struct nbdcow_target *t = ti->private;
 
 	if (bio->bi_bdev == t->self)
@@ -487,6 +775,8 @@ static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
 	if (*status && (*status == BLK_STS_AGAIN || bio->bi_opf & REQ_RAHEAD))
 		return DM_ENDIO_DONE;
 	nbdcow_base_done(t, *status);
+	if (unlikely(*status) && io->t)
+		return end_failed(t, bio, status);
 	return DM_ENDIO_DONE;
 }
 
@@ -498,14 +788,23 @@ static void nbdcow_dtr(struct dm_target *ti)
 {
 	struct nbdcow_target *t = ti->private;
 
+	cancel_delayed_work_sync(&t->retry_work);
 	nbdcow_rmw_exit(t);
+	nbdcow_base_exit(t);
 	if (t->overlay) {
 		nbdcow_overlay_set_event(t->overlay, ti, false);
 		nbdcow_overlay_put(t->overlay);
 	}
-	if (t->base)
-		dm_put_device(ti, t->base);
+	if (t->dev)
+		dm_put_device(ti, t->dev);
 	kfree(t);
+}
+
+/* A limit that was not given before. */
+static int parse_blocks(const char *value, unsigned long *limit)
+{
+	return *limit == NBDCOW_NO_LIMIT && value ?
+	       nbdcow_parse_limit(value, limit) : -EINVAL;
 }
 
 /* Feature arguments; *@tmpfs_dir points into @as. */
@@ -513,7 +812,7 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 			  const char **tmpfs_dir, char **error)
 {
 	static const struct dm_arg args[] = {
-		{ 0, 4, "Invalid number of feature arguments" },
+		{ 0, 9, "Invalid number of feature arguments" },
 	};
 	unsigned int left;
 	const char *name;
@@ -528,13 +827,31 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 		return -EINVAL;
 	}
 
-	for (; left; left -= min(left, 2U)) {
+	while (left) {
 		name = dm_shift_arg(as);
-		value = left > 1 ? (char *)dm_shift_arg(as) : NULL;
+		left--;
+		if (!strcasecmp(name, "cow_on_read")) {
+			t->cow_on_read = true;
+			continue;
+		}
+		if (!strcasecmp(name, "cow_on_cache")) {
+			t->cow_on_cache = true;
+			continue;
+		}
+		if (!strcasecmp(name, "queue_errors")) {
+			t->queue_errors = true;
+			continue;
+		}
+		value = left ? (char *)dm_shift_arg(as) : NULL;
+		left -= !!value;
 		if (!strcasecmp(name, "limit")) {
-			if (t->limit != NBDCOW_NO_LIMIT || !value ||
-			    nbdcow_parse_limit(value, &t->limit)) {
+			if (parse_blocks(value, &t->limit)) {
 				*error = "limit takes a number of 4 KiB blocks, at least 1, once";
+				return -EINVAL;
+			}
+		} else if (!strcasecmp(name, "cache_limit")) {
+			if (parse_blocks(value, &t->cache_limit)) {
+				*error = "cache_limit takes a number of 4 KiB blocks, at least 1, once";
 				return -EINVAL;
 			}
 		} else if (!strcasecmp(name, "tmpfs")) {
@@ -545,7 +862,7 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 			}
 			*tmpfs_dir = value;
 		} else {
-			*error = "Unknown feature argument: expected limit or tmpfs";
+			*error = "Unknown feature argument";
 			return -EINVAL;
 		}
 	}
@@ -555,7 +872,7 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 static int open_base(struct dm_target *ti, const char *path)
 {
 	struct nbdcow_target *t = ti->private;
-	int ret = dm_get_device(ti, path, BLK_OPEN_READ, &t->base);
+	int ret = dm_get_device(ti, path, BLK_OPEN_READ, &t->dev);
 
 	if (ret == -EBUSY)
 		ti->error = "The base device is in use by something that may write to it";
@@ -566,15 +883,15 @@ static int open_base(struct dm_target *ti, const char *path)
 	if (ret)
 		return ret;
 
-	if (t->base->bdev->bd_dev == t->self->bd_dev) {
+	if (t->dev->bdev->bd_dev == t->self->bd_dev) {
 		ti->error = "A device cannot be its own base";
 		return -EINVAL;
 	}
-	if (!bdev_nr_sectors(t->base->bdev)) {
+	if (!bdev_nr_sectors(t->dev->bdev)) {
 		ti->error = "The base device is empty or not connected";
 		return -ENOMEDIUM;
 	}
-	if (bdev_logical_block_size(t->base->bdev) > NBDCOW_BLOCK_BYTES) {
+	if (bdev_logical_block_size(t->dev->bdev) > NBDCOW_BLOCK_BYTES) {
 		ti->error = "The base device has logical blocks of more than 4096 bytes";
 		return -EINVAL;
 	}
@@ -588,6 +905,11 @@ static int open_base(struct dm_target *ti, const char *path)
  *	limit <blocks>	most 4 KiB blocks the overlay may store
  *	tmpfs <dir>	store them on the tmpfs that holds this directory; an
  *			absolute path, blanks and the like as %XX
+ *	cow_on_read	keep what is read from the base in its cache
+ *	cow_on_cache	keep what is read ahead
+ *	cache_limit <blocks>
+ *			most 4 KiB blocks the cache of this base may hold
+ *	queue_errors	failed reads of the base wait and try again
  */
 static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
@@ -614,8 +936,12 @@ static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	t->ti = ti;
 	t->self = dm_disk(dm_table_get_md(ti->table))->part0;
 	t->limit = NBDCOW_NO_LIMIT;
+	t->cache_limit = NBDCOW_NO_LIMIT;
 	ti->private = t;
 
+	spin_lock_init(&t->queue_lock);
+	bio_list_init(&t->queued);
+	INIT_DELAYED_WORK(&t->retry_work, retry_work);
 	ret = nbdcow_rmw_init(t);
 	if (ret) {
 		ti->error = "Not enough memory";
@@ -627,7 +953,12 @@ static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	ret = open_base(ti, base_path);
 	if (ret)
 		goto bad;
-	ov = nbdcow_overlay_get(ti, t->base->bdev, tmpfs_dir, &ti->error);
+	ret = nbdcow_base_init(t);
+	if (ret) {
+		ti->error = "Not enough memory";
+		goto bad;
+	}
+	ov = nbdcow_overlay_get(ti, t->dev->bdev, tmpfs_dir, &ti->error);
 	if (IS_ERR(ov)) {
 		ret = PTR_ERR(ov);
 		goto bad;
@@ -651,14 +982,36 @@ static int nbdcow_preresume(struct dm_target *ti)
 
 	nbdcow_overlay_set_event(t->overlay, ti, true);
 	nbdcow_overlay_set_limit(t->overlay, READ_ONCE(t->limit));
+	nbdcow_base_set_limit(t, READ_ONCE(t->cache_limit));
 	return 0;
+}
+
+static void nbdcow_presuspend(struct dm_target *ti)
+{
+	struct nbdcow_target *t = ti->private;
+
+	close_queue(t, true);
+	end_queued(t);
+}
+
+static void nbdcow_presuspend_undo(struct dm_target *ti)
+{
+	close_queue(ti->private, false);
+}
+
+static void nbdcow_postsuspend(struct dm_target *ti)
+{
+	nbdcow_prefetch_pause(ti->private, true);
 }
 
 static void nbdcow_resume(struct dm_target *ti)
 {
 	struct gendisk *disk = dm_disk(dm_table_get_md(ti->table));
+	struct nbdcow_target *t = ti->private;
 
 	nbdcow_offer_write_zeroes(disk->queue, NBDCOW_MAX_ZERO_SECTORS);
+	close_queue(t, false);
+	nbdcow_prefetch_pause(t, false);
 }
 
 static int nbdcow_iterate_devices(struct dm_target *ti,
@@ -666,7 +1019,7 @@ static int nbdcow_iterate_devices(struct dm_target *ti,
 {
 	struct nbdcow_target *t = ti->private;
 
-	return fn(ti, t->base, 0, min_t(sector_t, ti->len, t->overlay->base_sectors),
+	return fn(ti, t->dev, 0, min_t(sector_t, ti->len, t->overlay->base_sectors),
 		  data);
 }
 
@@ -692,6 +1045,9 @@ static struct target_type nbdcow_target_type = {
 	.dtr = nbdcow_dtr,
 	.map = nbdcow_map,
 	.end_io = nbdcow_end_io,
+	.presuspend = nbdcow_presuspend,
+	.presuspend_undo = nbdcow_presuspend_undo,
+	.postsuspend = nbdcow_postsuspend,
 	.preresume = nbdcow_preresume,
 	.resume = nbdcow_resume,
 	.status = nbdcow_status,
@@ -768,10 +1124,13 @@ static int __init nbdcow_init(void)
 	ret = nbdcow_map_init();
 	if (ret)
 		return ret;
+	ret = nbdcow_shrinker_init();
+	if (ret)
+		goto bad_map;
 	nbdcow_wq = alloc_workqueue("nbdcow", WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
 	if (!nbdcow_wq) {
 		ret = -ENOMEM;
-		goto bad_map;
+		goto bad_shrinker;
 	}
 	ret = dm_register_target(&nbdcow_target_type);
 	if (ret)
@@ -780,6 +1139,8 @@ static int __init nbdcow_init(void)
 
 bad_wq:
 	destroy_workqueue(nbdcow_wq);
+bad_shrinker:
+	nbdcow_shrinker_exit();
 bad_map:
 	nbdcow_map_exit();
 	return ret;
@@ -789,6 +1150,7 @@ static void __exit nbdcow_exit(void)
 {
 	dm_unregister_target(&nbdcow_target_type);
 	destroy_workqueue(nbdcow_wq);
+	nbdcow_shrinker_exit();
 	nbdcow_map_exit();
 }
 

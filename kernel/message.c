@@ -75,28 +75,41 @@ static void emit_path(const char *path, char *result, unsigned int maxlen,
 	*size = sz;
 }
 
-static unsigned int emit_table(struct nbdcow_target *t, char *result,
-			       unsigned int maxlen)
+static void emit_table(struct nbdcow_target *t, char *result,
+		       unsigned int maxlen)
 {
+	unsigned long cache_limit = READ_ONCE(t->cache_limit);
+	bool cow_on_cache = READ_ONCE(t->cow_on_cache);
+	bool queue_errors = READ_ONCE(t->queue_errors);
+	bool cow_on_read = READ_ONCE(t->cow_on_read);
 	const char *dir = t->overlay->tmpfs_dir;
 	unsigned long limit = READ_ONCE(t->limit);
 	unsigned int sz = 0;
 
-	DMEMIT("%s %u", t->base->name,
-	       (limit != NBDCOW_NO_LIMIT ? 2 : 0) + (dir ? 2 : 0));
+	DMEMIT("%s %u", t->dev->name,
+	       (limit != NBDCOW_NO_LIMIT ? 2 : 0) + (dir ? 2 : 0) +
+	       cow_on_read + cow_on_cache +
+	       (cache_limit != NBDCOW_NO_LIMIT ? 2 : 0) + queue_errors);
 	if (limit != NBDCOW_NO_LIMIT)
 		DMEMIT(" limit %lu", limit);
 	if (dir) {
 		DMEMIT(" tmpfs ");
 		emit_path(dir, result, maxlen, &sz);
 	}
-	return sz;
+	if (cow_on_read)
+		DMEMIT(" cow_on_read");
+	if (cow_on_cache)
+		DMEMIT(" cow_on_cache");
+	if (cache_limit != NBDCOW_NO_LIMIT)
+		DMEMIT(" cache_limit %lu", cache_limit);
+	if (queue_errors)
+		DMEMIT(" queue_errors");
 }
 
 static const char *health(struct nbdcow_target *t)
 {
 	if (READ_ONCE(t->base_failed) ||
-	    bdev_nr_sectors(t->base->bdev) < t->overlay->base_sectors)
+	    bdev_nr_sectors(t->dev->bdev) < t->overlay->base_sectors)
 		return "base-error";
 
 	switch (nbdcow_overlay_level(t->overlay)) {
@@ -109,13 +122,61 @@ static const char *health(struct nbdcow_target *t)
 	}
 }
 
-static unsigned int emit_info(struct nbdcow_target *t, char *result,
-			      unsigned int maxlen)
+/* "<used>/<limit>", with - for no limit. */
+static unsigned int emit_part(char *result, unsigned int maxlen,
+			      unsigned int sz, long used, unsigned long limit)
+{
+	if (limit == NBDCOW_NO_LIMIT)
+		DMEMIT(" %ld/-", used);
+	else
+		DMEMIT(" %ld/%lu", used, limit);
+	return sz;
+}
+
+static void sum_stats(struct nbdcow_overlay *ov, struct nbdcow_stats *sum)
+{
+	int cpu;
+
+	memset(sum, 0, sizeof(*sum));
+	for_each_possible_cpu(cpu) {
+		struct nbdcow_stats *stats = per_cpu_ptr(ov->stats, cpu);
+
+		sum->overlay += READ_ONCE(stats->overlay);
+		sum->hits += READ_ONCE(stats->hits);
+		sum->misses += READ_ONCE(stats->misses);
+		sum->base += READ_ONCE(stats->base);
+	}
+}
+
+static unsigned int emit_prefetch(struct nbdcow_prefetch *prefetch, char *result,
+				  unsigned int maxlen, unsigned int sz)
+{
+	static const char * const names[] = {
+		[NBDCOW_PREFETCH_RUNNING] = "running",
+		[NBDCOW_PREFETCH_DONE] = "done",
+		[NBDCOW_PREFETCH_STOPPED] = "stopped",
+		[NBDCOW_PREFETCH_FULL] = "full",
+		[NBDCOW_PREFETCH_FAILED] = "failed",
+	};
+
+	spin_lock(&prefetch->lock);
+	if (prefetch->state == NBDCOW_PREFETCH_NONE)
+		DMEMIT(" -");
+	else
+		DMEMIT(" %s:%llu/%llu", names[prefetch->state],
+		       READ_ONCE(prefetch->next) - prefetch->first,
+		       prefetch->end - prefetch->first);
+	spin_unlock(&prefetch->lock);
+	return sz;
+}
+
+static void emit_info(struct nbdcow_target *t, char *result,
+		      unsigned int maxlen)
 {
 	struct nbdcow_overlay *ov = t->overlay;
-	unsigned long limit = READ_ONCE(ov->limit);
 	long used, zeroed, peak, refused, errors;
 	struct nbdcow_layer *layer;
+	struct nbdcow_stats stats;
 	unsigned int sz = 0;
 	size_t metadata;
 
@@ -129,13 +190,17 @@ static unsigned int emit_info(struct nbdcow_target *t, char *result,
 	refused = atomic_long_read(&ov->refused);
 	errors = atomic_long_read(&ov->base_errors);
 
-	DMEMIT("%s %ld/", health(t), used);
-	if (limit == NBDCOW_NO_LIMIT)
-		DMEMIT("-");
-	else
-		DMEMIT("%lu", limit);
+	DMEMIT("%s", health(t));
+	sz = emit_part(result, maxlen, sz, used, READ_ONCE(ov->limit));
 	DMEMIT(" %ld %ld %zu %ld %ld", peak, zeroed, metadata, refused, errors);
-	return sz;
+
+	sum_stats(ov, &stats);
+	sz = emit_part(result, maxlen, sz, atomic_long_read(&t->base->cached),
+		       READ_ONCE(t->base->limit));
+	DMEMIT(" %lu %lu %ld %lu %lu", stats.hits, stats.misses,
+	       atomic_long_read(&t->base->evicted), stats.overlay, stats.base);
+	sz = emit_prefetch(&t->prefetch, result, maxlen, sz);
+	DMEMIT(" %u", READ_ONCE(t->nr_queued));
 }
 
 /**
@@ -163,7 +228,7 @@ void nbdcow_status(struct dm_target *ti, status_type_t type,
 		break;
 	case STATUSTYPE_IMA:
 		DMEMIT_TARGET_NAME_VERSION(ti->type);
-		DMEMIT(",base_device_name=%s;", t->base->name);
+		DMEMIT(",base_device_name=%s;", t->dev->name);
 		break;
 	}
 }
@@ -177,7 +242,8 @@ static const char *device_name(struct nbdcow_target *t)
 	return dm_table_device_name(t->ti->table);
 }
 
-static int message_reset(struct nbdcow_target *t, char **argv)
+static int message_reset(struct nbdcow_target *t, unsigned int argc, char **argv,
+			 char *result, unsigned int maxlen)
 {
 	int ret = nbdcow_overlay_reset(t->overlay);
 
@@ -186,27 +252,214 @@ static int message_reset(struct nbdcow_target *t, char **argv)
 	return ret;
 }
 
-static int message_limit(struct nbdcow_target *t, char **argv)
+/* "<blocks>" or "none" */
+static int limit_argument(struct nbdcow_target *t, char **argv,
+			  unsigned long *limit)
 {
-	unsigned long limit = NBDCOW_NO_LIMIT;
+	*limit = NBDCOW_NO_LIMIT;
+	if (!strcasecmp(argv[1], "none") || !nbdcow_parse_limit(argv[1], limit))
+		return 0;
+	DMERR("%s: %s: expected a number of 4 KiB blocks or none, got %s",
+	      device_name(t), argv[0], argv[1]);
+	return -EINVAL;
+}
 
-	if (strcasecmp(argv[1], "none") && nbdcow_parse_limit(argv[1], &limit)) {
-		DMERR("%s: limit: expected a number of 4 KiB blocks or none, got %s",
-		      device_name(t), argv[1]);
+static int message_limit(struct nbdcow_target *t, unsigned int argc, char **argv,
+			 char *result, unsigned int maxlen)
+{
+	unsigned long limit;
+
+	if (limit_argument(t, argv, &limit))
 		return -EINVAL;
-	}
 	WRITE_ONCE(t->limit, limit);
 	nbdcow_overlay_set_limit(t->overlay, limit);
 	return 0;
 }
 
+static int message_cache_limit(struct nbdcow_target *t, unsigned int argc,
+			       char **argv, char *result, unsigned int maxlen)
+{
+	unsigned long limit;
+
+	if (limit_argument(t, argv, &limit))
+		return -EINVAL;
+	nbdcow_base_set_limit(t, limit);
+	return 0;
+}
+
+/* "on" or "off" */
+static int switch_argument(struct nbdcow_target *t, char **argv, bool *on)
+{
+	*on = !strcasecmp(argv[1], "on");
+	if (*on || !strcasecmp(argv[1], "off"))
+		return 0;
+	DMERR("%s: %s: expected on or off, got %s", device_name(t), argv[0],
+	      argv[1]);
+	return -EINVAL;
+}
+
+static int message_cow_on_read(struct nbdcow_target *t, unsigned int argc,
+			       char **argv, char *result, unsigned int maxlen)
+{
+	bool on;
+
+	if (switch_argument(t, argv, &on))
+		return -EINVAL;
+	WRITE_ONCE(t->cow_on_read, on);
+	return 0;
+}
+
+static int message_cow_on_cache(struct nbdcow_target *t, unsigned int argc,
+				char **argv, char *result, unsigned int maxlen)
+{
+	bool on;
+
+	if (switch_argument(t, argv, &on))
+		return -EINVAL;
+	WRITE_ONCE(t->cow_on_cache, on);
+	return 0;
+}
+
+static int message_queue_errors(struct nbdcow_target *t, unsigned int argc,
+				char **argv, char *result, unsigned int maxlen)
+{
+	bool on;
+
+	if (switch_argument(t, argv, &on))
+		return -EINVAL;
+	nbdcow_queue_errors(t, on);
+	return 0;
+}
+
+static int message_drop_cache(struct nbdcow_target *t, unsigned int argc,
+			      char **argv, char *result, unsigned int maxlen)
+{
+	nbdcow_cache_drop(t->base);
+	return 0;
+}
+
+/* Two numbers: a block and a number of blocks. */
+static int range_argument(struct nbdcow_target *t, const char *name, char **argv,
+			  u64 *block, u64 *count)
+{
+	if (isdigit(*argv[0]) && !kstrtou64(argv[0], 10, block) &&
+	    isdigit(*argv[1]) && !kstrtou64(argv[1], 10, count) && *count)
+		return 0;
+	DMERR("%s: %s: expected a block and a number of blocks, got %s %s",
+	      device_name(t), name, argv[0], argv[1]);
+	return -EINVAL;
+}
+
+/* "stop", or "<block> <blocks> [<KiB per second>]" */
+static int message_prefetch(struct nbdcow_target *t, unsigned int argc,
+			    char **argv, char *result, unsigned int maxlen)
+{
+	unsigned int rate = 0;
+	u64 block, count;
+
+	if (argc == 2 && !strcasecmp(argv[1], "stop")) {
+		nbdcow_prefetch_stop(t);
+		return 0;
+	}
+	if (argc < 3) {
+		DMERR("%s: prefetch: expected a block and a number of blocks, or stop, got %s",
+		      device_name(t), argv[1]);
+		return -EINVAL;
+	}
+	if (range_argument(t, argv[0], argv + 1, &block, &count))
+		return -EINVAL;
+	if (argc == 4 && (kstrtouint(argv[3], 10, &rate) || !rate)) {
+		DMERR("%s: prefetch: expected a number of KiB per second, got %s",
+		      device_name(t), argv[3]);
+		return -EINVAL;
+	}
+	return nbdcow_prefetch_start(t, block, count, rate);
+}
+
+/* "<block> <blocks>", many times */
+static int message_holes(struct nbdcow_target *t, unsigned int argc, char **argv,
+			 char *result, unsigned int maxlen)
+{
+	u64 block, count;
+	unsigned int i;
+	int ret;
+
+	for (i = 1; i < argc; i += 2) {
+		if (i + 1 == argc) {
+			DMERR("%s: holes: expected pairs of numbers",
+			      device_name(t));
+			return -EINVAL;
+		}
+		if (range_argument(t, argv[0], argv + i, &block, &count))
+			return -EINVAL;
+		ret = nbdcow_base_add_hole(t, block, count);
+		if (ret) {
+			DMERR("%s: holes: %s %s: error %d", device_name(t),
+			      argv[i], argv[i + 1], ret);
+			return ret;
+		}
+	}
+	return 0;
+}
+
+/*
+ * "<block> <blocks>": where they live, as "<blocks><letter>" for each run: b for
+ * the base, h for a known hole of it, o for the overlay, z for zeroes. As many
+ * runs as fit; the caller goes on behind them.
+ */
+static int message_extents(struct nbdcow_target *t, unsigned int argc,
+			   char **argv, char *result, unsigned int maxlen)
+{
+	u64 blocks = DIV_ROUND_UP_ULL(t->ti->len, NBDCOW_BLOCK_SECTORS);
+	u64 block, count, run, length = 0;
+	unsigned int sz = 0;
+	char kind = 0, last;
+
+	if (range_argument(t, argv[0], argv + 1, &block, &count))
+		return -EINVAL;
+	if (block >= blocks) {
+		DMERR("%s: extents: the device has %llu blocks, got %s",
+		      device_name(t), blocks, argv[1]);
+		return -ERANGE;
+	}
+	count = min(count, blocks - block);
+	*result = '\0';
+	while (count) {
+		last = kind;
+		kind = nbdcow_extent(t, block, count, &run);
+		if (kind != last && length) {
+			/* the longest run, a blank, and the core's reserve */
+			if (sz + 64 > maxlen)
+				return 1;
+			DMEMIT("%llu%c ", length, last);
+			length = 0;
+		}
+		length += run;
+		block += run;
+		count -= run;
+		cond_resched();
+	}
+	if (sz + 64 <= maxlen)
+		DMEMIT("%llu%c", length, kind);
+	return 1;
+}
+
 static const struct {
 	const char *name;
-	unsigned int argc;	/* with the name */
-	int (*handle)(struct nbdcow_target *t, char **argv);
+	unsigned int min, max;	/* words, with the name */
+	int (*handle)(struct nbdcow_target *t, unsigned int argc, char **argv,
+		      char *result, unsigned int maxlen);
 } messages[] = {
-	{ "reset", 1, message_reset },
-	{ "limit", 2, message_limit },
+	{ "reset", 1, 1, message_reset },
+	{ "limit", 2, 2, message_limit },
+	{ "cache_limit", 2, 2, message_cache_limit },
+	{ "cow_on_read", 2, 2, message_cow_on_read },
+	{ "cow_on_cache", 2, 2, message_cow_on_cache },
+	{ "queue_errors", 2, 2, message_queue_errors },
+	{ "drop_cache", 1, 1, message_drop_cache },
+	{ "prefetch", 2, 4, message_prefetch },
+	{ "holes", 3, UINT_MAX, message_holes },
+	{ "extents", 3, 3, message_extents },
 };
 
 /**
@@ -214,11 +467,11 @@ static const struct {
  * @ti: the target
  * @argc: number of words
  * @argv: words
- * @result: unused
- * @maxlen: unused
+ * @result: buffer for an answer
+ * @maxlen: its size in bytes
  *
  * Context: process context, sleeps.
- * Return: 0; -EINVAL for an unknown message or bad arguments; else as the
+ * Return: 0, or 1 with an answer; -EINVAL for an unknown message or bad arguments; else as the
  *	message's own action.
  */
 int nbdcow_message(struct dm_target *ti, unsigned int argc, char **argv,
@@ -229,15 +482,15 @@ int nbdcow_message(struct dm_target *ti, unsigned int argc, char **argv,
 	for (i = 0; i < ARRAY_SIZE(messages); i++) {
 		if (strcasecmp(argv[0], messages[i].name))
 			continue;
-		if (argc != messages[i].argc) {
+		if (argc < messages[i].min || argc > messages[i].max) {
 			DMERR("%s: message %s takes %u arguments, got %u",
 			      device_name(ti->private), argv[0],
-			      messages[i].argc - 1, argc - 1);
+			      messages[i].min - 1, argc - 1);
 			return -EINVAL;
 		}
-		return messages[i].handle(ti->private, argv);
+		return messages[i].handle(ti->private, argc, argv, result,
+					  maxlen);
 	}
-	DMERR("%s: unknown message %s: expected reset or limit",
-	      device_name(ti->private), argv[0]);
+	DMERR("%s: unknown message %s", device_name(ti->private), argv[0]);
 	return -EINVAL;
 }

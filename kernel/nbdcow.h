@@ -15,6 +15,7 @@
 #include <linux/mutex.h>
 #include <linux/rwsem.h>
 #include <linux/workqueue.h>
+#include <linux/xarray.h>
 
 #include "map.h"
 
@@ -51,6 +52,14 @@ struct nbdcow_shard {
 	struct rw_semaphore lock;
 } ____cacheline_aligned_in_smp;
 
+/* Sectors read, by where they came from. */
+struct nbdcow_stats {
+	unsigned long overlay;	/* the overlay */
+	unsigned long hits;	/* the cache */
+	unsigned long misses;	/* the base, through the cache */
+	unsigned long base;	/* the base, past the cache */
+};
+
 /* The changes of one mapped device; survives a reload of its table. */
 struct nbdcow_overlay {
 	struct nbdcow_layer __rcu *layer; /* replaced under mutex and all shards */
@@ -60,6 +69,7 @@ struct nbdcow_overlay {
 	atomic_long_t peak;	/* most blocks ever stored since creation */
 	atomic_long_t refused;	/* writes that failed for want of space */
 	atomic_long_t base_errors; /* failed reads of the base */
+	struct nbdcow_stats __percpu *stats; /* reads */
 	atomic_t level;		/* enum nbdcow_level, to see it rise */
 	bool store_full;	/* there was no page for the last new block */
 	struct mem_cgroup *memcg; /* creator's, charged for pages and leaves */
@@ -79,14 +89,61 @@ enum nbdcow_level {
 	NBDCOW_FULL,		/* a new block would be refused */
 };
 
+/* What all overlays on one base device share; goes with the last of them. */
+struct nbdcow_base {
+	dev_t dev;		/* key, constant */
+	struct xarray blocks;	/* by block: a page, or a fetch under way */
+	atomic_long_t cached;	/* how many, of both */
+	atomic_long_t evicted;	/* dropped for want of room or memory */
+	unsigned long limit;	/* most blocks cached; changes under mutex */
+	unsigned long hand;	/* where eviction goes on; under blocks' lock */
+	struct nbdcow_map __rcu *holes; /* ZERO: known to be; under mutex */
+	struct mutex mutex;	/* limit, targets, holes */
+	struct list_head targets; /* that have a say in limit; under mutex */
+	struct kref kref;	/* one per target and fetch; under bases_mutex */
+	struct list_head list;	/* all bases; under bases_mutex */
+};
+
+enum nbdcow_prefetch_state {
+	NBDCOW_PREFETCH_NONE,	/* there was none */
+	NBDCOW_PREFETCH_RUNNING,
+	NBDCOW_PREFETCH_DONE,
+	NBDCOW_PREFETCH_STOPPED, /* by a message */
+	NBDCOW_PREFETCH_FULL,	/* no room or no memory for more */
+	NBDCOW_PREFETCH_FAILED,	/* the base gave an error */
+};
+
+struct nbdcow_prefetch {
+	spinlock_t lock;	/* for all but next and work */
+	enum nbdcow_prefetch_state state; /* as it says */
+	bool paused;		/* for a suspend */
+	unsigned int inflight;	/* reads under way, and one being begun */
+	unsigned int rate;	/* most KiB a second, or 0; constant while it runs */
+	u64 first, end;		/* blocks; constant while it runs */
+	u64 next;		/* where to go on; the work's own */
+	struct delayed_work work; /* begins reads */
+};
+
 /* A table's only line. */
 struct nbdcow_target {
 	struct dm_target *ti;	/* its device-mapper side */
-	struct dm_dev *base;	/* opened read-only */
+	struct dm_dev *dev;	/* the base device, opened read-only */
+	struct nbdcow_base *base; /* shared with other overlays on the device */
 	struct block_device *self; /* what bios have that were not remapped */
 	struct nbdcow_overlay *overlay; /* shared with other tables of the device */
 	unsigned long limit;	/* taken over by the overlay at resume */
+	unsigned long cache_limit; /* wish for the base; set under its mutex */
+	struct list_head list;	/* targets of the base; under its mutex */
+	bool cow_on_read;	/* reads fill the cache */
+	bool cow_on_cache;	/* so does read-ahead */
+	struct nbdcow_prefetch prefetch; /* fills the cache in the background */
 	bool base_failed;	/* the last read of the base failed */
+	bool queue_errors;	/* failed reads of the base wait, and try again */
+	bool queue_closed;	/* but not during a suspend */
+	spinlock_t queue_lock;	/* for the next two and queue_closed; any context */
+	struct bio_list queued;	/* that wait */
+	unsigned int nr_queued;	/* how many */
+	struct delayed_work retry_work; /* tries again */
 	spinlock_t rmw_lock;	/* for the rest; process context only */
 	unsigned int rmw_inflight; /* descriptors in use */
 	struct bio_list rmw_waiting; /* bios that found no descriptor */
@@ -117,7 +174,9 @@ struct nbdcow_piece {
 /* Beside each bio of ours. */
 struct nbdcow_io {
 	struct work_struct work; /* goes on with the bio outside of map() */
-	struct nbdcow_target *t;
+	struct nbdcow_target *t; /* NULL in a remapped bio that is not to be retried */
+	struct bvec_iter iter;	/* of a remapped bio, before it was */
+	unsigned short flags;	/* likewise */
 };
 
 /* dm-nbdcow-target.c */
@@ -127,6 +186,12 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 void nbdcow_bio_complete(struct bio *bio, int error);
 int nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
 void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status);
+void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
+			blk_status_t status);
+char nbdcow_extent(struct nbdcow_target *t, u64 block, u64 max, u64 *run);
+void nbdcow_queue_errors(struct nbdcow_target *t, bool on);
+void nbdcow_read_base(struct bio *bio);
+bool nbdcow_accept_async(struct bio *bio, unsigned int sectors);
 
 /* overlay.c */
 extern unsigned long nbdcow_total_limit;
@@ -167,6 +232,26 @@ void nbdcow_fill_page(const struct nbdcow_piece *piece, struct page *page,
 		      const void *content);
 
 /* base.c */
+int nbdcow_shrinker_init(void);
+void nbdcow_shrinker_exit(void);
+int nbdcow_base_init(struct nbdcow_target *t);
+void nbdcow_base_exit(struct nbdcow_target *t);
+void nbdcow_base_set_limit(struct nbdcow_target *t, unsigned long limit);
+bool nbdcow_base_hole(struct nbdcow_base *base, u64 block, u64 max, u64 *run);
+int nbdcow_base_add_hole(struct nbdcow_target *t, u64 block, u64 count);
+void *nbdcow_cache_address(struct page *page, u64 block);
+struct page *nbdcow_cache_find(struct nbdcow_base *base, u64 block);
+void nbdcow_cache_add(struct nbdcow_base *base, u64 block, const void *content);
+u64 nbdcow_cache_gap(struct nbdcow_base *base, u64 block, u64 max);
+int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
+		       unsigned int sectors);
+void nbdcow_cache_drop(struct nbdcow_base *base);
+int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
+			  unsigned int rate);
+void nbdcow_prefetch_stop(struct nbdcow_target *t);
+void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause);
+
+/* rmw.c */
 int nbdcow_rmw_init(struct nbdcow_target *t);
 void nbdcow_rmw_exit(struct nbdcow_target *t);
 void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio);

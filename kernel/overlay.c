@@ -696,6 +696,7 @@ static void overlay_free(struct nbdcow_overlay *ov)
 	cancel_work_sync(&ov->event_work);
 	layer_destroy(rcu_dereference_protected(ov->layer, 1));
 	mem_cgroup_put(ov->memcg);
+	free_percpu(ov->stats);
 	kfree(ov->tmpfs_dir);
 	kfree(ov);
 }
@@ -719,6 +720,11 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	INIT_WORK(&ov->event_work, event_work);
 	ov->limit = NBDCOW_NO_LIMIT;
 	ov->memcg = get_mem_cgroup_from_mm(current->mm);
+	ov->stats = alloc_percpu_gfp(struct nbdcow_stats, GFP_KERNEL_ACCOUNT);
+	if (!ov->stats) {
+		overlay_free(ov);
+		return ERR_PTR(-ENOMEM);
+	}
 	if (tmpfs_dir) {
 		ov->tmpfs_dir = kstrdup(tmpfs_dir, GFP_KERNEL_ACCOUNT);
 		if (!ov->tmpfs_dir) {
