@@ -287,8 +287,10 @@ static int finish(struct bio *bio, int error)
 	return DM_MAPIO_SUBMITTED;
 }
 
-#define count_read(t, from, sectors) \
-	this_cpu_add((t)->overlay->stats->from, sectors)
+static void count_read(unsigned long __percpu *from, unsigned int sectors)
+{
+	this_cpu_add(*from, sectors);
+}
 
 static void remap(struct nbdcow_target *t, struct bio *bio)
 {
@@ -300,7 +302,7 @@ static void remap(struct nbdcow_target *t, struct bio *bio)
 		io->iter = bio->bi_iter;
 		io->flags = bio->bi_flags;
 	}
-	count_read(t, base, bio_sectors(bio));
+	count_read(&t->overlay->stats->base, bio_sectors(bio));
 	bio_set_dev(bio, t->dev->bdev);
 	bio->bi_iter.bi_sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 }
@@ -340,7 +342,7 @@ static unsigned int read_cached(struct nbdcow_target *t, struct bio *bio,
 		done += piece.bytes >> SECTOR_SHIFT;
 	}
 	if (done)
-		count_read(t, hits, done);
+		count_read(&t->overlay->stats->hits, done);
 	return done;
 }
 
@@ -409,7 +411,8 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 			}
 			if (ret)
 				return finish(bio, ret);
-			count_read(t, overlay, piece.bytes >> SECTOR_SHIFT);
+			count_read(&t->overlay->stats->overlay,
+				   piece.bytes >> SECTOR_SHIFT);
 			iter = piece.iter;
 			done += piece.bytes >> SECTOR_SHIFT;
 			break;
@@ -800,6 +803,15 @@ static void nbdcow_dtr(struct dm_target *ti)
 	kfree(t);
 }
 
+static bool *find_flag(struct nbdcow_target *t, const char *name)
+{
+	if (!strcasecmp(name, "cow_on_read"))
+		return &t->cow_on_read;
+	if (!strcasecmp(name, "cow_on_cache"))
+		return &t->cow_on_cache;
+	return strcasecmp(name, "queue_errors") ? NULL : &t->queue_errors;
+}
+
 /* A limit that was not given before. */
 static int parse_blocks(const char *value, unsigned long *limit)
 {
@@ -817,6 +829,8 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 	unsigned int left;
 	const char *name;
 	char *value;
+	bool *flag;
+	int ret;
 
 	if (!as->argc)
 		return 0;
@@ -830,41 +844,30 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 	while (left) {
 		name = dm_shift_arg(as);
 		left--;
-		if (!strcasecmp(name, "cow_on_read")) {
-			t->cow_on_read = true;
-			continue;
-		}
-		if (!strcasecmp(name, "cow_on_cache")) {
-			t->cow_on_cache = true;
-			continue;
-		}
-		if (!strcasecmp(name, "queue_errors")) {
-			t->queue_errors = true;
+		flag = find_flag(t, name);
+		if (flag) {
+			*flag = true;
 			continue;
 		}
 		value = left ? (char *)dm_shift_arg(as) : NULL;
 		left -= !!value;
 		if (!strcasecmp(name, "limit")) {
-			if (parse_blocks(value, &t->limit)) {
-				*error = "limit takes a number of 4 KiB blocks, at least 1, once";
-				return -EINVAL;
-			}
+			ret = parse_blocks(value, &t->limit);
+			*error = "limit takes a number of 4 KiB blocks, at least 1, once";
 		} else if (!strcasecmp(name, "cache_limit")) {
-			if (parse_blocks(value, &t->cache_limit)) {
-				*error = "cache_limit takes a number of 4 KiB blocks, at least 1, once";
-				return -EINVAL;
-			}
+			ret = parse_blocks(value, &t->cache_limit);
+			*error = "cache_limit takes a number of 4 KiB blocks, at least 1, once";
 		} else if (!strcasecmp(name, "tmpfs")) {
-			if (*tmpfs_dir || !value || *value != '/' ||
-			    nbdcow_decode_path(value)) {
-				*error = "tmpfs takes the absolute path of a directory, once";
-				return -EINVAL;
-			}
+			ret = *tmpfs_dir || !value || *value != '/' ?
+			      -EINVAL : nbdcow_decode_path(value);
+			*error = "tmpfs takes the absolute path of a directory, once";
 			*tmpfs_dir = value;
 		} else {
+			ret = -EINVAL;
 			*error = "Unknown feature argument";
-			return -EINVAL;
 		}
+		if (ret)
+			return ret;
 	}
 	return 0;
 }
