@@ -721,6 +721,7 @@ static void end_queued(struct nbdcow_target *t)
 
 	take_queued(t, &bios, true);
 	while ((bio = bio_list_pop(&bios))) {
+		bio_set_dev(bio, t->self);	/* its error was counted */
 		bio->bi_status = failed_status(t, BLK_STS_IOERR);
 		bio_endio(bio);
 	}
