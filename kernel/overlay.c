@@ -219,34 +219,77 @@ enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 	return state;
 }
 
-/*
- * Get the page of a stored block without waiting, or NULL: not stored, or not
- * in memory, or not to be locked at once. The page comes first and the state
- * second; why that will do is in dm-nbdcow-target.c.
+/**
+ * nbdcow_overlay_stored() - is a block in state OVERLAY?
+ * @ov: the overlay
+ * @block: the block
+ *
+ * Context: any, does not sleep.
+ * Return: true if it was.
  */
-static struct page *find_stored(struct nbdcow_overlay *ov, u64 block,
-				bool lock)
+bool nbdcow_overlay_stored(struct nbdcow_overlay *ov, u64 block)
 {
+	bool stored;
+
+	rcu_read_lock();
+	stored = nbdcow_map_state(rcu_dereference(ov->layer)->map, block) ==
+		 NBDCOW_OVERLAY;
+	rcu_read_unlock();
+	return stored;
+}
+
+/**
+ * nbdcow_overlay_copy() - read or rewrite stored blocks one after the other
+ * @ov: the overlay
+ * @piece: the first block's; stands behind what was copied afterwards
+ * @bytes: how many bytes of the bio to copy at most
+ *
+ * For the common case: it takes no lock but the page's, to write, waits for
+ * nothing, and ends at a block that is not stored, not in memory, or not to be
+ * locked at once. The page comes first and the state second; why that will do is
+ * in dm-nbdcow-target.c.
+ *
+ * Context: process context, does not sleep.
+ * Return: number of bytes copied.
+ */
+unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
+				 struct nbdcow_piece *piece, unsigned int bytes)
+{
+	bool write = op_is_write(bio_op(piece->bio)), ok;
 	struct nbdcow_layer *layer;
+	unsigned int done = 0;
 	struct page *page;
-	u64 run;
 
 	rcu_read_lock();
 	layer = rcu_dereference(ov->layer);
-	page = nbdcow_store_find(layer->file, block);
-	if (page && lock && !nbdcow_store_lock(layer->file, page, true)) {
+	while (done < bytes) {
+		piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset,
+				   bytes - done);
+		page = nbdcow_store_find(layer->file, piece->block);
+		if (!page)
+			break;
+		ok = !write || nbdcow_store_lock(layer->file, page, true);
+		if (likely(ok)) {
+			ok = nbdcow_map_state(layer->map, piece->block) ==
+			     NBDCOW_OVERLAY;
+			if (ok && write) {
+				nbdcow_copy_to_page(piece, page);
+				set_page_dirty(page);
+			} else if (ok) {
+				nbdcow_copy_from_page(piece, page);
+			}
+			if (write)
+				unlock_page(page);
+		}
 		put_page(page);
-		page = NULL;
-	}
-	if (page &&
-	    nbdcow_map_run(layer->map, block, 1, &run) != NBDCOW_OVERLAY) {
-		if (lock)
-			unlock_page(page);
-		put_page(page);
-		page = NULL;
+		if (unlikely(!ok))
+			break;
+		done += piece->bytes;
+		piece->block++;
+		piece->offset = 0;
 	}
 	rcu_read_unlock();
-	return page;
+	return done;
 }
 
 static bool lock_shard_read(struct nbdcow_overlay *ov,
@@ -285,21 +328,14 @@ static struct page *get_stored(struct nbdcow_overlay *ov,
  */
 int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
-	struct page *page = find_stored(ov, piece->block, false);
 	struct nbdcow_layer *layer;
+	struct page *page;
 	int ret = 0;
-	u64 run;
-
-	if (likely(page)) {
-		nbdcow_copy_from_page(piece, page);
-		put_page(page);
-		return 0;
-	}
 
 	if (!lock_shard_read(ov, piece))
 		return -EAGAIN;
 	layer = layer_of(ov);
-	if (nbdcow_map_run(layer->map, piece->block, 1, &run) != NBDCOW_OVERLAY) {
+	if (nbdcow_map_state(layer->map, piece->block) != NBDCOW_OVERLAY) {
 		ret = -ESTALE;
 		goto out;
 	}
@@ -316,25 +352,6 @@ out:
 	return ret;
 }
 
-/* Write to a block that is stored and in memory, with nothing but its page locked. */
-static bool rewrite(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
-{
-	struct page *page;
-	u64 run;
-
-	/* Spare new blocks the search for a page. */
-	if (nbdcow_overlay_state(ov, piece->block, 1, &run) != NBDCOW_OVERLAY)
-		return false;
-	page = find_stored(ov, piece->block, true);
-	if (!page)
-		return false;
-	nbdcow_copy_to_page(piece, page);
-	set_page_dirty(page);
-	unlock_page(page);
-	put_page(page);
-	return true;
-}
-
 /* Copy the piece to its locked page and publish the block if it is new. */
 static void fill_and_publish(struct nbdcow_layer *layer,
 			     struct nbdcow_piece *piece, struct page *page,
@@ -349,7 +366,7 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 		nbdcow_map_change(layer->map, piece->block, 1, NBDCOW_OVERLAY);
 }
 
-static int rewrite_slowly(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+static int rewrite(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			  struct nbdcow_piece *piece)
 {
 	struct page *page = get_stored(ov, layer, piece);
@@ -395,17 +412,16 @@ static int install_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	enum nbdcow_state state;
 	struct page *page;
 	int ret = 0;
-	u64 run;
 
 	if (piece->context != NBDCOW_NOWAIT)
 		mutex_lock(lock);
 	else if (!mutex_trylock(lock))
 		return -EAGAIN;
 
-	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
+	state = nbdcow_map_state(layer->map, piece->block);
 	if (state == NBDCOW_OVERLAY) {	/* another installer was faster */
 		mutex_unlock(lock);
-		return rewrite_slowly(ov, layer, piece);
+		return rewrite(ov, layer, piece);
 	}
 	page = get_new(ov, layer, piece);
 	if (IS_ERR(page)) {
@@ -426,13 +442,12 @@ static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece
 	struct nbdcow_layer *layer = layer_of(ov);
 	enum nbdcow_state state;
 	bool zero;
-	u64 run;
 
 	lockdep_assert_held_read(shard_lock(ov, piece->block));
 
-	state = nbdcow_map_run(layer->map, piece->block, 1, &run);
+	state = nbdcow_map_state(layer->map, piece->block);
 	if (state == NBDCOW_OVERLAY)
-		return rewrite_slowly(ov, layer, piece);
+		return rewrite(ov, layer, piece);
 
 	zero = state == NBDCOW_ZERO || piece->base_is_zero;
 	if (zero && bio_op(piece->bio) == REQ_OP_WRITE_ZEROES) {
@@ -462,8 +477,6 @@ int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
 {
 	int ret;
 
-	if (rewrite(ov, piece))
-		return 0;
 	if (!lock_shard_read(ov, piece))
 		return -EAGAIN;
 	ret = __overlay_write(ov, piece);
@@ -649,10 +662,14 @@ static int overlay_grow(struct nbdcow_overlay *ov, u64 nr_blocks)
 	new->file = old->file;
 	atomic_long_set(&new->used, atomic_long_read(&old->used));
 	rcu_assign_pointer(ov->layer, new);
+	/*
+	 * Before any change in the new map: a leaf that goes there stays in the
+	 * old one, where a reader would still believe in what it says.
+	 */
+	synchronize_rcu();
 	unlock_all_shards(ov);
 	mutex_unlock(&ov->mutex);
 
-	synchronize_rcu();
 	kvfree(old->map);
 	kfree(old);
 	return 0;
