@@ -140,7 +140,8 @@ struct workqueue_struct *nbdcow_wq;
  */
 void nbdcow_bio_complete(struct bio *bio, int error)
 {
-	bio->bi_status = errno_to_blk_status(error);
+	if (unlikely(error))
+		bio->bi_status = errno_to_blk_status(error);
 	bio_endio(bio);
 }
 
@@ -176,7 +177,6 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 		       struct bio *bio, struct bvec_iter iter)
 {
 	sector_t sector = dm_target_offset(t->ti, iter.bi_sector);
-	u64 run;
 
 	piece->bio = bio;
 	piece->iter = iter;
@@ -184,9 +184,7 @@ void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 	piece->offset = (sector % NBDCOW_BLOCK_SECTORS) << SECTOR_SHIFT;
 	piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset, iter.bi_size);
 	piece->base = NULL;
-	piece->base_is_zero = piece->block * NBDCOW_BLOCK_SECTORS >=
-			      t->overlay->base_sectors ||
-			      nbdcow_base_hole(t->base, piece->block, 1, &run);
+	piece->base_is_zero = false;
 	piece->context = bio->bi_opf & REQ_NOWAIT ? NBDCOW_NOWAIT : NBDCOW_MAP;
 	piece->new_block = false;
 }
@@ -213,6 +211,8 @@ static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
 	if (sector >= base_sectors)
 		return NBDCOW_ZERO;
 	*sectors = min_t(sector_t, *sectors, base_sectors - sector);
+	if (likely(!rcu_access_pointer(t->base->holes)))
+		return NBDCOW_BASE;
 	if (nbdcow_base_hole(t->base, nbdcow_block(sector), run, &run))
 		state = NBDCOW_ZERO;
 	*sectors = min_t(u64, *sectors, run * NBDCOW_BLOCK_SECTORS - skip);
@@ -294,13 +294,13 @@ static void count_read(unsigned long __percpu *from, unsigned int sectors)
 
 static void remap(struct nbdcow_target *t, struct bio *bio)
 {
-	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
-
-	io->t = NULL;
 	if (unlikely(READ_ONCE(t->queue_errors))) {
+		struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+
 		io->t = t;
 		io->iter = bio->bi_iter;
 		io->flags = bio->bi_flags;
+		bio->bi_private = io;	/* may be tried again */
 	}
 	count_read(&t->overlay->stats->base, bio_sectors(bio));
 	bio_set_dev(bio, t->dev->bdev);
@@ -346,29 +346,42 @@ static unsigned int read_cached(struct nbdcow_target *t, struct bio *bio,
 	return done;
 }
 
-/* Read blocks in state BASE, the first of which is not cached. */
-static int map_base(struct nbdcow_target *t, struct bio *bio, unsigned int n)
+static bool fills_cache(struct nbdcow_target *t, struct bio *bio)
 {
-	u64 block = nbdcow_block(dm_target_offset(t->ti, bio->bi_iter.bi_sector));
-	unsigned int skip = bio->bi_iter.bi_sector % NBDCOW_BLOCK_SECTORS;
-	u64 gap = nbdcow_cache_gap(t->base, block,
-				   DIV_ROUND_UP(skip + n, NBDCOW_BLOCK_SECTORS));
+	return READ_ONCE(t->cow_on_read) ||
+	       (bio->bi_opf & REQ_RAHEAD && READ_ONCE(t->cow_on_cache));
+}
+
+static bool uses_cache(struct nbdcow_target *t, struct bio *bio)
+{
+	return atomic_long_read(&t->base->cached) || fills_cache(t, bio);
+}
+
+/*
+ * Read *@sectors in state BASE, the first of which are not cached: through the
+ * cache, or -ENOENT where the base is to be read as far as then in *@sectors.
+ */
+static int map_uncached(struct nbdcow_target *t, struct bio *bio,
+			unsigned int *sectors)
+{
+	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+	unsigned int skip = sector % NBDCOW_BLOCK_SECTORS;
+	u64 gap = nbdcow_cache_gap(t->base, nbdcow_block(sector),
+				   DIV_ROUND_UP(skip + *sectors,
+						NBDCOW_BLOCK_SECTORS));
 	int ret;
 
 	/* Without a gap the block is being read, or was a moment ago. */
-	if (unlikely(!gap || READ_ONCE(t->cow_on_read) ||
-		     (bio->bi_opf & REQ_RAHEAD && READ_ONCE(t->cow_on_cache)))) {
-		ret = nbdcow_cache_fetch(t, bio, n);
+	if (!gap || fills_cache(t, bio)) {
+		ret = nbdcow_cache_fetch(t, bio, *sectors);
 		if (ret == -EAGAIN)
 			return finish(bio, ret);
 		if (ret != -ENOENT)
 			return ret;
 	}
-	n = min_t(u64, n, max(gap, 1ULL) * NBDCOW_BLOCK_SECTORS - skip);
-	if (!nbdcow_accept_async(bio, n))
-		return finish(bio, -EAGAIN);
-	remap(t, bio);
-	return DM_MAPIO_REMAPPED;
+	*sectors = min_t(u64, *sectors,
+			 max(gap, 1ULL) * NBDCOW_BLOCK_SECTORS - skip);
+	return -ENOENT;
 }
 
 static int map_read(struct nbdcow_target *t, struct bio *bio)
@@ -376,28 +389,48 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 	unsigned int total = bio_sectors(bio), done = 0, n, cached;
 	struct bvec_iter iter = bio->bi_iter;
 	struct nbdcow_piece piece;
+	bool use_cache;
 	int ret;
 
 	while (done < total) {
 		switch (state_at(t, dm_target_offset(t->ti, iter.bi_sector),
 				 total - done, &n)) {
 		case NBDCOW_BASE:
-			cached = read_cached(t, bio, &iter, n);
-			done += cached;
-			if (cached)
-				break;
+			use_cache = uses_cache(t, bio);
+			if (unlikely(use_cache)) {
+				cached = read_cached(t, bio, &iter, n);
+				done += cached;
+				if (cached)
+					break;
+			}
 			if (done)
 				goto out;
-			ret = map_base(t, bio, n);
-			if (ret == -ESTALE)	/* cached */
-				break;
-			return ret;
+			if (unlikely(use_cache)) {
+				ret = map_uncached(t, bio, &n);
+				if (ret == -ESTALE)	/* cached by now */
+					break;
+				if (ret != -ENOENT)
+					return ret;
+			}
+			if (!nbdcow_accept_async(bio, n))
+				return finish(bio, -EAGAIN);
+			remap(t, bio);
+			return DM_MAPIO_REMAPPED;
 		case NBDCOW_ZERO:
 			nbdcow_zero_bio(bio, &iter, n << SECTOR_SHIFT);
 			done += n;
 			break;
 		case NBDCOW_OVERLAY:
 			nbdcow_piece_init(&piece, t, bio, iter);
+			n = nbdcow_overlay_copy(t->overlay, &piece,
+						n << SECTOR_SHIFT);
+			if (likely(n)) {
+				n >>= SECTOR_SHIFT;
+				count_read(&t->overlay->stats->overlay, n);
+				iter = piece.iter;
+				done += n;
+				break;
+			}
 			ret = nbdcow_overlay_read(t->overlay, &piece);
 			if (ret == -ESTALE)	/* discarded or reset */
 				break;
@@ -423,18 +456,62 @@ out:
 	return finish(bio, 0);
 }
 
-/* Write a part of a block in state BASE, if the cache has it. */
-static int write_cached(struct nbdcow_target *t, struct nbdcow_piece *piece)
+/* A read of one block, that being what most are; otherwise map_read() does it. */
+static int map_read_block(struct nbdcow_target *t, struct bio *bio)
 {
-	struct page *page = nbdcow_cache_find(t->base, piece->block);
-	int ret;
+	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
+	unsigned int n = bio_sectors(bio);
+	struct nbdcow_piece piece;
 
-	if (!page)
-		return -ENODATA;
-	piece->base = nbdcow_cache_address(page, piece->block);
-	ret = nbdcow_overlay_write(t->overlay, piece);
-	piece->base = NULL;
-	put_page(page);
+	if (sector % NBDCOW_BLOCK_SECTORS + n > NBDCOW_BLOCK_SECTORS)
+		return map_read(t, bio);
+
+	switch (nbdcow_overlay_block(t->overlay, nbdcow_block(sector))) {
+	case NBDCOW_BASE:
+		if (sector + n > t->overlay->base_sectors ||
+		    uses_cache(t, bio) || rcu_access_pointer(t->base->holes))
+			break;
+		remap(t, bio);
+		return DM_MAPIO_REMAPPED;
+	case NBDCOW_OVERLAY:
+		nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
+		if (!nbdcow_overlay_copy(t->overlay, &piece, piece.bytes))
+			break;
+		count_read(&t->overlay->stats->overlay, n);
+		return finish(bio, 0);
+	default:
+		break;
+	}
+	return map_read(t, bio);
+}
+
+/*
+ * Give a partial write what the base has in its block, if that is known without
+ * asking it. A page is returned that is to be put after the write.
+ */
+static struct page *know_base(struct nbdcow_target *t, struct nbdcow_piece *piece)
+{
+	struct page *page;
+	u64 run;
+
+	piece->base_is_zero = piece->block * NBDCOW_BLOCK_SECTORS >=
+			      t->overlay->base_sectors ||
+			      nbdcow_base_hole(t->base, piece->block, 1, &run);
+	page = nbdcow_cache_find(t->base, piece->block);
+	if (page)
+		piece->base = nbdcow_cache_address(page, piece->block);
+	return page;
+}
+
+static int write_knowing(struct nbdcow_target *t, struct nbdcow_piece *piece)
+{
+	struct page *page = know_base(t, piece);
+	int ret = -ENODATA;
+
+	if (page || piece->base_is_zero)
+		ret = nbdcow_overlay_write(t->overlay, piece);
+	if (page)
+		put_page(page);
 	return ret;
 }
 
@@ -448,10 +525,19 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 
 	while (done < total) {
 		nbdcow_piece_init(&piece, t, bio, iter);
+		if (nbdcow_overlay_block(t->overlay, piece.block) ==
+		    NBDCOW_OVERLAY) {
+			n = nbdcow_overlay_copy(t->overlay, &piece, iter.bi_size);
+			if (likely(n)) {
+				iter = piece.iter;
+				done += n >> SECTOR_SHIFT;
+				continue;
+			}
+		}
 		n = piece.bytes >> SECTOR_SHIFT;
 		ret = nbdcow_overlay_write(t->overlay, &piece);
 		if (ret == -ENODATA)
-			ret = write_cached(t, &piece);
+			ret = write_knowing(t, &piece);
 		if (ret == -ENODATA || ret == -EINPROGRESS) {
 			if (done)
 				break;
@@ -554,9 +640,7 @@ static void work_write(struct nbdcow_target *t, struct bio *bio)
 	int ret;
 
 	nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
-	page = nbdcow_cache_find(t->base, piece.block);
-	if (page)
-		piece.base = nbdcow_cache_address(page, piece.block);
+	page = know_base(t, &piece);
 	ret = nbdcow_overlay_wait(t->overlay, &piece, nbdcow_overlay_write);
 	if (page)
 		put_page(page);
@@ -756,7 +840,7 @@ static int nbdcow_map(struct dm_target *ti, struct bio *bio)
 
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:
-		return map_read(t, bio);
+		return map_read_block(t, bio);
 	case REQ_OP_WRITE:
 		return map_write(t, bio);
 	case REQ_OP_DISCARD:
@@ -770,16 +854,17 @@ static int nbdcow_map(struct dm_target *ti, struct bio *bio)
 static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
 			 blk_status_t *status)
 {
-	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
 	struct nbdcow_target *t = ti->private;
 
+	if (likely(!*status && !READ_ONCE(t->base_failed)))
+		return DM_ENDIO_DONE;
 	if (bio->bi_bdev == t->self)
 		return DM_ENDIO_DONE;
 	/* Read-ahead may fail for no reason but load. */
 	if (*status && (*status == BLK_STS_AGAIN || bio->bi_opf & REQ_RAHEAD))
 		return DM_ENDIO_DONE;
 	nbdcow_base_done(t, *status);
-	if (unlikely(*status) && io->t)
+	if (*status && bio->bi_private)
 		return end_failed(t, bio, status);
 	return DM_ENDIO_DONE;
 }

@@ -14,9 +14,6 @@
 
 #include "map.h"
 
-#define NBDCOW_ZERO_LEAF	((struct nbdcow_leaf *)1UL)
-#define NBDCOW_STATE_MASK	((1UL << NBDCOW_STATE_BITS) - 1)
-
 static struct kmem_cache *leaf_cache;
 
 /**

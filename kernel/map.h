@@ -26,6 +26,7 @@ enum nbdcow_state {
 };
 
 #define NBDCOW_STATE_BITS	2
+#define NBDCOW_STATE_MASK	((1UL << NBDCOW_STATE_BITS) - 1)
 #define NBDCOW_WORD_BLOCKS	(BITS_PER_LONG / NBDCOW_STATE_BITS)
 #define NBDCOW_LEAF_BLOCKS	16384UL
 #define NBDCOW_LEAF_WORDS	(NBDCOW_LEAF_BLOCKS / NBDCOW_WORD_BLOCKS)
@@ -37,6 +38,9 @@ struct nbdcow_leaf {
 	atomic_t zeroed;	/* blocks in state ZERO */
 	unsigned long words[NBDCOW_LEAF_WORDS];
 };
+
+/* A leaf with all blocks ZERO. */
+#define NBDCOW_ZERO_LEAF	((struct nbdcow_leaf *)1UL)
 
 struct nbdcow_map {
 	u64 nr_blocks;		/* size of the mapped range; constant */
@@ -63,6 +67,32 @@ int nbdcow_map_prepare(struct nbdcow_map *map, u64 block, gfp_t gfp);
 unsigned long nbdcow_map_change(struct nbdcow_map *map, u64 block,
 				unsigned long count, enum nbdcow_state to);
 unsigned long nbdcow_map_zero_leaf(struct nbdcow_map *map, u64 block);
+
+/**
+ * nbdcow_map_state() - the state of one block
+ * @map: the map
+ * @block: the block, below the map's size
+ *
+ * As nbdcow_map_run(), for those who know what they hope for.
+ *
+ * Context: any, under rcu_read_lock() or the shard lock of @block.
+ * Return: the state.
+ */
+static inline enum nbdcow_state nbdcow_map_state(const struct nbdcow_map *map,
+						 u64 block)
+{
+	const struct nbdcow_leaf *leaf =
+		rcu_dereference_check(map->leaves[block / NBDCOW_LEAF_BLOCKS], 1);
+	unsigned long i = block % NBDCOW_LEAF_BLOCKS;
+
+	if (!leaf)
+		return NBDCOW_BASE;
+	if (leaf == NBDCOW_ZERO_LEAF)
+		return NBDCOW_ZERO;
+	/* Pairs with the release in word_change(). */
+	return smp_load_acquire(&leaf->words[i / NBDCOW_WORD_BLOCKS]) >>
+	       i % NBDCOW_WORD_BLOCKS * NBDCOW_STATE_BITS & NBDCOW_STATE_MASK;
+}
 
 /* Blocks from @block to the end of its leaf, at most @count. */
 static inline unsigned long nbdcow_leaf_span(u64 block, u64 count)

@@ -166,7 +166,7 @@ struct nbdcow_piece {
 	unsigned int offset;	/* first byte within the block */
 	unsigned int bytes;	/* how many */
 	const void *base;	/* the base's content of the whole block, or NULL */
-	bool base_is_zero;	/* the block lies past the end of the base */
+	bool base_is_zero;	/* that is all zeroes, as is known */
 	enum nbdcow_context context; /* what may be waited for */
 	bool new_block;		/* set if it failed for want of a new block */
 };
@@ -174,7 +174,7 @@ struct nbdcow_piece {
 /* Beside each bio of ours. */
 struct nbdcow_io {
 	struct work_struct work; /* goes on with the bio outside of map() */
-	struct nbdcow_target *t; /* NULL in a remapped bio that is not to be retried */
+	struct nbdcow_target *t; /* whose bio it is */
 	struct bvec_iter iter;	/* of a remapped bio, before it was */
 	unsigned short flags;	/* likewise */
 };
@@ -202,6 +202,9 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 void nbdcow_overlay_put(struct nbdcow_overlay *ov);
 enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 				       u64 max, u64 *run);
+enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block);
+unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
+				 struct nbdcow_piece *piece, unsigned int bytes);
 int nbdcow_overlay_read(struct nbdcow_overlay *ov, struct nbdcow_piece *piece);
 int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece);
 int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
@@ -219,6 +222,8 @@ struct file *nbdcow_store_create(const char *dir, char **error);
 struct file *nbdcow_store_another(struct file *file);
 void nbdcow_store_destroy(struct file *file);
 struct page *nbdcow_store_find(struct file *file, u64 block);
+struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file,
+			       u64 block);
 bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);
 gfp_t nbdcow_gfp(enum nbdcow_context context);
 struct page *nbdcow_store_get_locked(struct file *file, u64 block,

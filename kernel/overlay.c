@@ -220,22 +220,21 @@ enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 }
 
 /**
- * nbdcow_overlay_stored() - is a block in state OVERLAY?
+ * nbdcow_overlay_block() - the state of one block
  * @ov: the overlay
  * @block: the block
  *
  * Context: any, does not sleep.
- * Return: true if it was.
+ * Return: the state, which may be outdated at once.
  */
-bool nbdcow_overlay_stored(struct nbdcow_overlay *ov, u64 block)
+enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block)
 {
-	bool stored;
+	enum nbdcow_state state;
 
 	rcu_read_lock();
-	stored = nbdcow_map_state(rcu_dereference(ov->layer)->map, block) ==
-		 NBDCOW_OVERLAY;
+	state = nbdcow_map_state(rcu_dereference(ov->layer)->map, block);
 	rcu_read_unlock();
-	return stored;
+	return state;
 }
 
 /**
@@ -259,13 +258,15 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 	struct nbdcow_layer *layer;
 	unsigned int done = 0;
 	struct page *page;
+	XA_STATE(xas, NULL, 0);
 
 	rcu_read_lock();
 	layer = rcu_dereference(ov->layer);
+	xas.xa = &layer->file->f_mapping->i_pages;
 	while (done < bytes) {
 		piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset,
 				   bytes - done);
-		page = nbdcow_store_find(layer->file, piece->block);
+		page = nbdcow_store_walk(&xas, layer->file, piece->block);
 		if (!page)
 			break;
 		ok = !write || nbdcow_store_lock(layer->file, page, true);

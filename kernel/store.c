@@ -102,6 +102,17 @@ void nbdcow_store_destroy(struct file *file)
 	fput(file);
 }
 
+/* A page that is being migrated to is there before its content. */
+static struct page *usable_page(struct folio *folio, pgoff_t index)
+{
+	struct page *page = folio_file_page(folio, index);
+
+	if (likely(folio_test_uptodate(folio) && !PageHWPoison(page)))
+		return page;
+	folio_put(folio);
+	return NULL;	/* nbdcow_store_get_locked() will wait, or say -EIO */
+}
+
 /**
  * nbdcow_store_find() - find a block's page if it is in memory
  * @file: the file
@@ -118,16 +129,40 @@ struct page *nbdcow_store_find(struct file *file, u64 block)
 {
 	pgoff_t index = block_index(block);
 	struct folio *folio = filemap_get_folio(file->f_mapping, index);
-	struct page *page;
 
-	if (IS_ERR(folio))
+	return IS_ERR(folio) ? NULL : usable_page(folio, index);
+}
+
+/**
+ * nbdcow_store_walk() - nbdcow_store_find() for one block after the other
+ * @xas: where the walk is
+ * @file: the file whose pages @xas walks over
+ * @block: the block, best the one after that of the call before
+ *
+ * Context: under rcu_read_lock() from the first call to the last.
+ * Return: as nbdcow_store_find().
+ */
+struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file, u64 block)
+{
+	pgoff_t index = block_index(block);
+	struct folio *folio;
+
+	if (index != xas->xa_index + 1 || xas->xa_node == XAS_RESTART) {
+		xas_set(xas, index);
+		folio = xas_load(xas);
+	} else {
+		folio = xas_next(xas);
+	}
+	if (!folio || xa_is_value(folio))
 		return NULL;
-	page = folio_file_page(folio, index);
-	/* A page that is being migrated to is there before its content. */
-	if (likely(folio_test_uptodate(folio) && !PageHWPoison(page)))
-		return page;
-	folio_put(folio);
-	return NULL;	/* nbdcow_store_get_locked() will wait, or say -EIO */
+	/* As filemap_get_folio() does, which copes with what is rare. */
+	if (unlikely(xa_is_internal(folio) || !folio_try_get(folio)))
+		return nbdcow_store_find(file, block);
+	if (unlikely(folio != xas_reload(xas))) {
+		folio_put(folio);
+		return nbdcow_store_find(file, block);
+	}
+	return usable_page(folio, index);
 }
 
 /**
