@@ -80,6 +80,8 @@ $(ko): Kbuild $(wildcard kernel/*.[ch])
 #
 
 libraries := devmapper json-c
+# Loaded only where it is used, see tools/holes.c.
+loaded := libnbd
 warnings := -Wall -Wextra -Wshadow -Wno-missing-field-initializers $(if $(WERROR),-Werror)
 tool_objects := $(patsubst tools/%.c,$(B)/tools/%.o,$(wildcard tools/*.c))
 
@@ -96,10 +98,11 @@ $(B)/cowctl: $(tool_objects)
 
 $(B)/tools/%.o: tools/%.c $(wildcard tools/*.h) Makefile
 	$(call say,CC,$@)
-	$(Q)pkg-config --exists $(libraries) || { echo >&2 "no tool: pkg-config, libdevmapper-dev or" \
-		"libjson-c-dev is missing ('make deps' installs all that is needed)"; exit 1; }
+	$(Q)pkg-config --exists $(libraries) $(loaded) || { echo >&2 "no tool: pkg-config," \
+		"libdevmapper-dev, libjson-c-dev or libnbd-dev is missing" \
+		"('make deps' installs all that is needed)"; exit 1; }
 	$(Q)mkdir -p $(@D)
-	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries)) -c $< -o $@
+	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries) $(loaded)) -c $< -o $@
 
 build/%.8: Documentation/%.8.rst
 	$(call say,MAN,$@)
@@ -140,9 +143,9 @@ uninstall:
 # Try and check
 #
 
-packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libelf-dev xz-utils \
+packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libnbd-dev libelf-dev xz-utils \
 	zstd debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
-	libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
+	libnbd-bin dmsetup e2fsprogs fdisk gdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
 	xfsprogs strace
 

@@ -32,7 +32,21 @@ static const struct {
 	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
 	[KEY_ADDRESS] = { "address", "ADDRESS", "and on this address; 127.0.0.1 with port=" },
 	[KEY_SERVER] = { "server", "nbdkit|nbd-server", "what serves it; nbdkit by default" },
-	[KEY_FORCE] = { "force", "true|false", "even while it is in use" },
+	[KEY_FORCE] = { "force", "true|false", "whatever speaks against it" },
+	[KEY_COW_ON_READ] = { "cow-on-read", "true|false|PATH",
+			      "keep what is read from BASE in its cache;\n"
+			      "\t\t\t    PATH: while that exists" },
+	[KEY_COW_ON_CACHE] = { "cow-on-cache", "true|false", "keep what is read ahead" },
+	[KEY_CACHE_LIMIT] = { "cache-limit", "LIMIT", "the most the cache of BASE may hold" },
+	[KEY_CACHE] = { "cache", "drop", "forget what the cache of the base holds" },
+	[KEY_ON_BASE_ERROR] = { "on-base-error", "error|queue",
+				"reads fail while BASE is away, or wait for it" },
+	[KEY_PARTITIONS] = { "partitions", "true|false", "make devices for its partitions" },
+	[KEY_HOLES] = { "holes", "true|false",
+			"ask an NBD server for its holes; true by default" },
+	[KEY_RANGE] = { "range", "START-END", "from and to where, such as 1G-2G; all by default" },
+	[KEY_RATE] = { "rate", "SIZE", "the most to read in a second" },
+	[KEY_WAIT] = { "wait", "true|false", "until it is done; true by default" },
 };
 
 static const struct command {
@@ -42,13 +56,18 @@ static const struct command {
 	const char *help;
 	unsigned int keys;
 	bool no_name;			/* takes no NAME */
+	bool can_stop;			/* takes the word stop */
 } commands[] = {
 	{
 		.name = "create",
 		.run = cmd_create,
-		.usage = "[NAME] base=BASE [limit=LIMIT] [size=SIZE] [round=up]",
+		.usage = "[NAME] base=BASE [limit=LIMIT] [size=SIZE] [round=up] "
+			 "[cow-on-read=true|PATH] [cow-on-cache=true] [cache-limit=LIMIT] "
+			 "[on-base-error=queue] [holes=false] [partitions=true]",
 		.help = "make a temporary writable copy of BASE",
-		.keys = KEY(BASE) | KEY(LIMIT) | KEY(SIZE) | KEY(ROUND),
+		.keys = KEY(BASE) | KEY(LIMIT) | KEY(SIZE) | KEY(ROUND) | KEY(COW_ON_READ) |
+			KEY(COW_ON_CACHE) | KEY(CACHE_LIMIT) | KEY(ON_BASE_ERROR) | KEY(HOLES) |
+			KEY(PARTITIONS),
 	}, {
 		.name = "remove",
 		.run = cmd_remove,
@@ -74,9 +93,25 @@ static const struct command {
 	}, {
 		.name = "set",
 		.run = cmd_set,
-		.usage = "[NAME] limit=LIMIT",
-		.help = "change the limit, at once",
-		.keys = KEY(LIMIT),
+		.usage = "[NAME] [limit=LIMIT] [size=SIZE] [cow-on-read=true|false|PATH] "
+			 "[cow-on-cache=true|false] [cache-limit=LIMIT] [cache=drop] "
+			 "[on-base-error=error|queue] [partitions=true|false]",
+		.help = "change it while it is in use",
+		.keys = KEY(LIMIT) | KEY(SIZE) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
+			KEY(CACHE_LIMIT) | KEY(CACHE) | KEY(ON_BASE_ERROR) | KEY(PARTITIONS),
+	}, {
+		.name = "prefetch",
+		.run = cmd_prefetch,
+		.usage = "[NAME] [stop] [range=START-END] [rate=SIZE] [wait=false]",
+		.help = "read the base into its cache",
+		.keys = KEY(RANGE) | KEY(RATE) | KEY(WAIT),
+		.can_stop = true,
+	}, {
+		.name = "rebase",
+		.run = cmd_rebase,
+		.usage = "[NAME] base=BASE [force=true] [holes=false]",
+		.help = "move it to another base of the same content",
+		.keys = KEY(BASE) | KEY(FORCE) | KEY(HOLES),
 	}, {
 		.name = "export",
 		.run = cmd_export,
@@ -91,6 +126,11 @@ static const struct command {
 	},
 	{ .name = NULL }
 };
+
+const char *key_name(enum key key)
+{
+	return keys[key].name;
+}
 
 static const struct command *find_command(const char *name)
 {
@@ -176,6 +216,8 @@ static int parse_args(const struct command *command, char **words, struct args *
 			   !args->value[KEY_BASE]) {
 			/* No name has a slash in it, so this is what is meant. */
 			args->value[KEY_BASE] = *words;
+		} else if (command->can_stop && !args->stop && !strcmp(*words, "stop")) {
+			args->stop = true;
 		} else if (!command->no_name && !args->name) {
 			args->name = *words;
 		} else {
