@@ -61,9 +61,7 @@ static const struct command {
 	{
 		.name = "create",
 		.run = cmd_create,
-		.usage = "[NAME] base=BASE [limit=LIMIT] [size=SIZE] [round=up] "
-			 "[cow-on-read=true|PATH] [cow-on-cache=true] [cache-limit=LIMIT] "
-			 "[on-base-error=queue] [holes=false] [partitions=true]",
+		.usage = "[NAME] base=BASE [key=value...]",
 		.help = "make a temporary writable copy of BASE",
 		.keys = KEY(BASE) | KEY(LIMIT) | KEY(SIZE) | KEY(ROUND) | KEY(COW_ON_READ) |
 			KEY(COW_ON_CACHE) | KEY(CACHE_LIMIT) | KEY(ON_BASE_ERROR) | KEY(HOLES) |
@@ -93,9 +91,7 @@ static const struct command {
 	}, {
 		.name = "set",
 		.run = cmd_set,
-		.usage = "[NAME] [limit=LIMIT] [size=SIZE] [cow-on-read=true|false|PATH] "
-			 "[cow-on-cache=true|false] [cache-limit=LIMIT] [cache=drop] "
-			 "[on-base-error=error|queue] [partitions=true|false]",
+		.usage = "[NAME] key=value...",
 		.help = "change it while it is in use",
 		.keys = KEY(LIMIT) | KEY(SIZE) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
 			KEY(CACHE_LIMIT) | KEY(CACHE) | KEY(ON_BASE_ERROR) | KEY(PARTITIONS),

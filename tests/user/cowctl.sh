@@ -118,7 +118,7 @@ same_synopsis()
 	for command in $(commands); do
 		[ "$command" != help ] || continue
 		usage=$("$out/cowctl" help "$command" | sed -n 's/^Usage: //p')
-		sed -n 's/^| //p' "$man" | sed 's/\\ //g; s/\*//g; s/\\|/|/g' | grep -qxF "$usage" || {
+		sed -n 's/^| //p' "$man" | sed 's/\\ //g; s/\*//g' | grep -qxF "$usage" || {
 			echo "the synopsis lacks: $usage"
 			return 1
 		}
