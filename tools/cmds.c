@@ -26,9 +26,10 @@
  * nothing of it has to be cleared away. From here on the signals that ask us to
  * stop are held back, see interrupted().
  *
- * Return: the descriptor that holds the lock, or -errno.
+ * Return: the descriptor that holds the lock, or -errno; -EBUSY, in silence, when
+ * it is taken and @wait is false.
  */
-int lock_name(const struct args *args)
+int lock_slot(const char *slot, bool wait)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_len = 1 };
 	uint64_t hash = UINT64_C(14695981039346656037);
@@ -36,17 +37,27 @@ int lock_name(const struct args *args)
 	int fd;
 
 	/* FNV-1a; two names of one hash merely wait for each other */
-	for (const char *s = args->mangled; *s; s++)
+	for (const char *s = slot; *s; s++)
 		hash = (hash ^ (unsigned char)*s) * UINT64_C(1099511628211);
 	lock.l_start = hash >> 2;
 	if (mkdir(RUN_DIR, 0755) && errno != EEXIST)
 		return fail(-errno, "cannot make " RUN_DIR ": %m");
 	fd = open(RUN_DIR "/lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	if (fd < 0 || fcntl(fd, F_OFD_SETLKW, &lock))
+	if (fd < 0 || fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) {
+		if (fd >= 0 && !wait && (errno == EAGAIN || errno == EACCES)) {
+			close(fd);
+			return -EBUSY;
+		}
 		return fail(-errno, "cannot lock " RUN_DIR "/lock: %m");
+	}
 	stop_signals(&set);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	return fd;
+}
+
+int lock_name(const struct args *args)
+{
+	return lock_slot(args->mangled, true);
 }
 
 /* Return: whether block device @inner is @outer or one of its partitions. */

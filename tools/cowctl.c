@@ -31,7 +31,8 @@ static const struct {
 	[KEY_SOCKET] = { "socket", "PATH", "listen on this Unix socket" },
 	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
 	[KEY_ADDRESS] = { "address", "ADDRESS", "and on this address; 127.0.0.1 with port=" },
-	[KEY_SERVER] = { "server", "nbdkit|nbd-server", "what serves it; nbdkit by default" },
+	[KEY_SERVER] = { "server", "nbdcow|nbdkit|nbd-server",
+			 "what serves it; nbdcow by default, where it is" },
 	[KEY_FORCE] = { "force", "true|false", "whatever speaks against it" },
 	[KEY_COW_ON_READ] = { "cow-on-read", "true|false|PATH",
 			      "keep what is read from BASE in its cache;\n"
@@ -47,6 +48,9 @@ static const struct {
 	[KEY_RANGE] = { "range", "START-END", "from and to where, such as 1G-2G; all by default" },
 	[KEY_RATE] = { "rate", "SIZE", "the most to read in a second" },
 	[KEY_WAIT] = { "wait", "true|false", "until it is done; true by default" },
+	[KEY_PER_CLIENT] = { "per-client", "true|false", "a copy for each connection" },
+	[KEY_PER_EXPORT_NAME] = { "per-export-name", "true|false", "a copy for each export name" },
+	[KEY_MAX_CLIENTS] = { "max-clients", "NUMBER", "the most copies; 256 by default" },
 };
 
 static const struct command {
@@ -111,7 +115,7 @@ static const struct command {
 	}, {
 		.name = "export",
 		.run = cmd_export,
-		.usage = "[NAME] [socket=PATH | port=PORT address=ADDRESS] [server=nbd-server]",
+		.usage = "[NAME] [socket=PATH | port=PORT address=ADDRESS] [server=SERVER]",
 		.help = "serve it over NBD",
 		.keys = KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS) | KEY(SERVER),
 	}, {
@@ -119,6 +123,17 @@ static const struct command {
 		.run = cmd_unexport,
 		.usage = "[NAME]",
 		.help = "stop serving it",
+	}, {
+		.name = "serve",
+		.run = cmd_serve,
+		.usage = "[NAME] base=BASE [per-client=true | per-export-name=true] "
+			 "[limit=LIMIT] [max-clients=NUMBER] [cow-on-read=true] "
+			 "[cow-on-cache=true] [cache-limit=LIMIT] "
+			 "[socket=PATH | port=PORT address=ADDRESS]",
+		.help = "serve copies of BASE over NBD, made for those who connect",
+		.keys = KEY(BASE) | KEY(PER_CLIENT) | KEY(PER_EXPORT_NAME) | KEY(LIMIT) |
+			KEY(MAX_CLIENTS) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
+			KEY(CACHE_LIMIT) | KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS),
 	},
 	{ .name = NULL }
 };

@@ -265,6 +265,21 @@ int export_find(const char *mangled, struct export *export);
 int export_start(const struct cow *cow, const struct args *args);
 int export_stop(const char *mangled, const char *name);
 
+/* Where to listen: a Unix socket, or a TCP port of one address. */
+struct listen {
+	char socket[108];		/* as long as sun_path */
+	const char *address;
+	const char *port;
+	char uri[PATH_MAX];
+};
+
+int listen_parse(const struct args *args, struct listen *listen);
+int listen_check(const struct listen *listen, const char *name);
+char *run_path(const char *slot, const char *suffix);
+int write_run_file(const char *slot, const char *suffix, const char *text);
+void clear_away(const char *slot);
+char *find_plugin(void);
+
 /* cmds.c: what commands have in common */
 
 struct base {
@@ -274,6 +289,7 @@ struct base {
 	uint64_t bytes;
 };
 
+int lock_slot(const char *slot, bool wait);
 int lock_name(const struct args *args);
 int find_cow(const struct args *args, struct cow *cow);
 int check_base(const char *text);

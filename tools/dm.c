@@ -523,16 +523,18 @@ static int server_id(pid_t pid, char id[64])
 {
 	char *path = xasprintf("/proc/%ld/stat", (long)pid), text[1024], *field;
 	int err = read_line(path, text, sizeof(text));
-	struct stat st;
+	struct stat st = { 0 };
 
 	free(path);
 	if (err)
 		return err;
+	/* A kernel without namespaces has no such file. */
+	stat("/proc/self/ns/pid", &st);
 	/* The second field is the name, in which there may be anything. */
 	field = strrchr(text, ')');
 	for (int i = 3; field && i <= 22; i++)
 		field = strchr(field + 1, ' ');
-	if (!field || stat("/proc/self/ns/pid", &st))
+	if (!field)
 		return -EIO;
 	snprintf(id, 64, "%lu-%ld-%.*s", (unsigned long)st.st_ino, (long)pid,
 		 (int)strspn(field + 1, "0123456789"), field + 1);
