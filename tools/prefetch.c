@@ -155,5 +155,5 @@ int cmd_prefetch(const struct args *args)
 	close(lock);
 	if (!err && !args->stop && prefetch.wait)
 		err = watch(args, &cow);
-	return err;
+	return err || !args->json ? err : report(args);
 }
