@@ -60,6 +60,7 @@ static const struct command {
 	const char *help;
 	unsigned int keys;
 	bool no_name;			/* takes no NAME */
+	bool many;			/* NAME is that of many devices */
 	bool can_stop;			/* takes the word stop */
 } commands[] = {
 	{
@@ -126,11 +127,9 @@ static const struct command {
 	}, {
 		.name = "serve",
 		.run = cmd_serve,
-		.usage = "[NAME] base=BASE [per-client=true | per-export-name=true] "
-			 "[limit=LIMIT] [max-clients=NUMBER] [cow-on-read=true] "
-			 "[cow-on-cache=true] [cache-limit=LIMIT] "
-			 "[socket=PATH | port=PORT address=ADDRESS]",
+		.usage = "[NAME] base=BASE [key=value...]",
 		.help = "serve copies of BASE over NBD, made for those who connect",
+		.many = true,
 		.keys = KEY(BASE) | KEY(PER_CLIENT) | KEY(PER_EXPORT_NAME) | KEY(LIMIT) |
 			KEY(MAX_CLIENTS) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
 			KEY(CACHE_LIMIT) | KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS),
@@ -167,7 +166,8 @@ static void help_command(const struct command *command)
 		free(text);
 	}
 	if (!command->no_name)
-		puts("\nNAME is \"cow\" unless given; the device is /dev/mapper/NAME.");
+		printf("\nNAME is \"cow\" unless given; the device is /dev/mapper/NAME%s.\n",
+		       command->many ? "-PID-NUMBER" : "");
 }
 
 static void help(void)

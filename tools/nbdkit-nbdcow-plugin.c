@@ -122,28 +122,28 @@ static int nbdcow_config(const char *key, const char *value)
 {
 	if (!strcmp(key, "name")) {
 		config.name = value;
-	} else if (!strcmp(key, "base")) {
+		return 0;
+	}
+	if (!strcmp(key, "base")) {
 		config.base = nbdkit_realpath(value);
 		return config.base ? 0 : -1;
-	} else if (!strcmp(key, "per-client")) {
-		return parse_bool(value, &config.per_client);
-	} else if (!strcmp(key, "per-export-name")) {
-		return parse_bool(value, &config.per_export_name);
-	} else if (!strcmp(key, "max-clients")) {
-		return nbdkit_parse_unsigned(key, value, &config.max_clients);
-	} else if (!strcmp(key, "limit")) {
-		return parse_blocks_of(key, value, &config.limit_blocks);
-	} else if (!strcmp(key, "cache-limit")) {
-		return parse_blocks_of(key, value, &config.cache_limit_blocks);
-	} else if (!strcmp(key, "cow-on-read")) {
-		return parse_bool(value, &config.cow_on_read);
-	} else if (!strcmp(key, "cow-on-cache")) {
-		return parse_bool(value, &config.cow_on_cache);
-	} else {
-		nbdkit_error("unknown parameter %s", key);
-		return -1;
 	}
-	return 0;
+	if (!strcmp(key, "per-client"))
+		return parse_bool(value, &config.per_client);
+	if (!strcmp(key, "per-export-name"))
+		return parse_bool(value, &config.per_export_name);
+	if (!strcmp(key, "max-clients"))
+		return nbdkit_parse_unsigned(key, value, &config.max_clients);
+	if (!strcmp(key, "limit"))
+		return parse_blocks_of(key, value, &config.limit_blocks);
+	if (!strcmp(key, "cache-limit"))
+		return parse_blocks_of(key, value, &config.cache_limit_blocks);
+	if (!strcmp(key, "cow-on-read"))
+		return parse_bool(value, &config.cow_on_read);
+	if (!strcmp(key, "cow-on-cache"))
+		return parse_bool(value, &config.cow_on_cache);
+	nbdkit_error("unknown parameter %s", key);
+	return -1;
 }
 
 static int nbdcow_config_complete(void)
@@ -750,11 +750,10 @@ static int nbdcow_zero(void *opaque, uint32_t count, uint64_t offset, uint32_t f
 	uint64_t range[2];
 	int err;
 
-	if (!(flags & NBDKIT_FLAG_MAY_TRIM))
-		err = EOPNOTSUPP;
-	else if (!whole_sectors(handle, count, offset, range))
+	if (!whole_sectors(handle, count, offset, range))
 		return transfer(handle, NULL, NULL, count, offset);
-	else
+	err = EOPNOTSUPP;
+	if (flags & NBDKIT_FLAG_MAY_TRIM)
 		err = fallocate(handle->fd, mode, range[0], range[1]) ? errno : 0;
 	if (err == EOPNOTSUPP && fast) {
 		errno = err;

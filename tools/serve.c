@@ -311,7 +311,8 @@ int cmd_serve(const struct args *args)
 		return err;
 	server.plugin = find_plugin();
 	if (!server.plugin)
-		return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; it comes with cowctl");
+		return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
+			    "it comes with cowctl");
 	snprintf(server.slot, sizeof(server.slot), "%s~serve", args->mangled);
 	lock = lock_slot(server.slot, false);
 	if (lock == -EBUSY)

@@ -197,7 +197,7 @@ no_root()
 	local command
 
 	chmod 755 "$out" "$out/cowctl"
-	for command in create remove list status reset set prefetch rebase export unexport; do
+	for command in create remove list status reset set prefetch rebase export unexport serve; do
 		setpriv --reuid=65534 --regid=65534 --clear-groups \
 			"$out/cowctl" "$command" 2>"$out/stderr"
 		if [ $? != 5 ] || ! grep -q 'must be root' "$out/stderr"; then
