@@ -85,7 +85,7 @@ maps_partitions()
 	says 4 'test-cowp1 is open in 1 place' cowctl remove test-cow
 	exec 7<&-
 	exec 7<$COW
-	says 4 'test-cow is open in 3 place' cowctl remove test-cow
+	says 4 'test-cow is open in 1 place' cowctl remove test-cow
 	exec 7<&-
 
 	# growth, and the rest of a GPT's
@@ -292,6 +292,43 @@ waits_for_a_base()
 	image_is_unchanged
 }
 
+# A base that does not answer is waited for, unless one is told to stop.
+hanging_base()
+{
+	local reader
+
+	need nbdkit nbd-client
+	begin make_image 4M
+	undo rm -f "$work/socket"
+	start_nbdkit "$work/socket" --filter=delay file "$REPLY" rdelay=4
+	undo sweep
+	cowctl create test-cow base="nbd+unix:///?socket=$work/socket" holes=false
+	io $COW 'write 0 4k A' 'check 1M 4k .' &
+	reader=$!
+	wait_until 10 has_used 4096
+	cowctl rebase test-cow base="$work/disk.img" force=true &
+	wait_until 10 loop_is_held
+	kill -TERM $!
+	wait $! || is 'its exit status' $? 143
+	is 'loop devices left' "$(losetup -a | grep "($work" || :)" ''
+	wait $reader
+	io $COW 'check 0 4k A' 'check 2M 4k .'
+	cowctl rebase test-cow base="$work/disk.img" force=true
+	is 'base' "$(member base test-cow)" "$work/disk.img"
+	io $COW 'check 0 4k A' 'check 4k end .'
+}
+
+has_used()
+{
+	[ "$(member used test-cow)" = "$1" ]
+}
+
+# A table on it is loaded.
+loop_is_held()
+{
+	find /sys/block/loop*/holders/ -name 'dm-*' | grep .
+}
+
 # A connection that others use, too, stays theirs.
 shared_connection()
 {
@@ -344,5 +381,6 @@ run_tests \
 	moves 'from base to base' \
 	cannot_move 'bases that cannot take the place' \
 	waits_for_a_base 'readers wait for a base' \
+	hanging_base 'a base that does not answer' \
 	shared_connection 'a connection that somebody else uses' \
 	shrunken_base 'a base that shrank'

@@ -296,12 +296,18 @@ static int reload_on(const struct cow *cow, const struct base *base)
 	return err;
 }
 
-/* A killed rebase may have left two connections. The device tells which it uses. */
+/*
+ * A killed rebase may have left two connections, and a table that is not in use.
+ * The device tells which connection it uses.
+ */
 static int settle(const struct cow *cow, const char *slot)
 {
 	char *dev = device_path(cow->table.major, cow->table.minor);
 	struct nbd_link link;
-	bool moved = !nbd_find(slot, &link) && link.connected && !strcmp(link.dev, dev);
+	bool moved;
+
+	dm_clear(cow->mangled);
+	moved = !nbd_find(slot, &link) && link.connected && !strcmp(link.dev, dev);
 
 	free(dev);
 	if (!moved)

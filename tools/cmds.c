@@ -694,16 +694,18 @@ int find_cow(const struct args *args, struct cow *cow)
 	return 0;
 }
 
-/* Says who has the device open. */
+/* Says who has the device open; its partitions are not meant. */
 static int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
 {
 	dev_t dev = makedev(cow->major, cow->minor);
 	char *where = mounted_on(dev), *other = NULL;
-	int copies = 0;
+	struct part *parts;
+	int n = parts_find(cow, &parts), copies = 0;
 
+	free(parts);
 	if (where)
 		fail(-EBUSY, "%s is mounted on %s; unmount it first%s", args->name, where, hint);
-	else
+	else if (!n)
 		copies = count_copies(dev, &other);
 	if (other)
 		fail(-EBUSY, "%s is in use by %s%s", args->name, other, hint);
@@ -711,7 +713,7 @@ static int fail_busy(const struct args *args, const struct cow *cow, const char 
 		fail(-EBUSY, "%s is the base of another copy%s", args->name, hint);
 	else if (!where)
 		fail(-EBUSY, "%s is open in %d place(s); \"fuser -v %s\" shows them%s", args->name,
-		     cow->open_count, cow->path, hint);
+		     cow->open_count - n, cow->path, hint);
 	free(where);
 	free(other);
 	return -EBUSY;

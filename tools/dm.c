@@ -19,6 +19,7 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -389,6 +390,41 @@ int dm_message(const struct args *args, const char *message)
 	return err;
 }
 
+/* The signal ends a system call, and is held back from then on, as it was before. */
+static void interrupt_once(int signal, siginfo_t *info, void *context)
+{
+	ucontext_t *interrupted_at = context;
+
+	(void)info;
+	sigaddset(&interrupted_at->uc_sigmask, signal);
+	raise(signal);
+}
+
+/*
+ * Runs @task, which may have to wait for a base that does not answer. Signals that
+ * ask us to stop end the wait, and stay pending.
+ */
+static int run_interruptible(struct dm_task *task)
+{
+	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
+	struct sigaction before[3], action = {
+		.sa_sigaction = interrupt_once, .sa_flags = SA_SIGINFO,
+	};
+	sigset_t set, mask;
+	int err = -EINTR;
+
+	for (int i = 0; i < 3; i++)
+		sigaction(signals[i], &action, &before[i]);
+	stop_signals(&set);
+	sigprocmask(SIG_UNBLOCK, &set, &mask);
+	if (!interrupted())
+		err = task_run(task);
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+	for (int i = 0; i < 3; i++)
+		sigaction(signals[i], &before[i], NULL);
+	return err;
+}
+
 /*
  * Neither requests nor file systems are flushed: those that wait for the base
  * must go on with the new table instead of failing now.
@@ -401,7 +437,7 @@ static int resume(const char *mangled)
 
 	if (task && dm_task_no_flush(task) && dm_task_skip_lockfs(task) &&
 	    dm_task_set_cookie(task, &cookie, 0)) {
-		err = task_run(task);
+		err = run_interruptible(task);
 		dm_udev_wait(cookie);
 	}
 	if (task)
@@ -409,7 +445,8 @@ static int resume(const char *mangled)
 	return err;
 }
 
-static void drop_loaded(const char *mangled)
+/* Drops a table that was loaded and never used. */
+void dm_clear(const char *mangled)
 {
 	struct dm_task *task = task_new(DM_DEVICE_CLEAR, mangled);
 
@@ -432,11 +469,11 @@ int dm_reload(const struct cow *cow, uint64_t sectors, const char *params)
 	if (!err) {
 		err = resume(cow->mangled);
 		if (err) {
-			drop_loaded(cow->mangled);
+			dm_clear(cow->mangled);
 			resume(cow->mangled);
 		}
 	}
-	if (err)
+	if (err && err != -EINTR)
 		err = fail(err == -EINVAL ? -EIO : err, "cannot change %s: %s", cow->name,
 			   reason(kmsg, err, text, sizeof(text)));
 	if (kmsg >= 0)
