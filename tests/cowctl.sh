@@ -259,7 +259,7 @@ exports()
 	says 3 'is not exported' cowctl unexport test-cow
 
 	# nbd-server takes its time, and much of it in emulation, before it answers
-	for server in nbdkit nbd-server; do
+	for server in nbdcow nbdkit nbd-server; do
 		serves $server "nbd+unix:///?socket=$work/d/a%20b%3D%5Cc" "socket=$work/d/a b=\\c"
 		is 'what is left' "$(ls "$work/d")" ''
 		serves $server nbd://127.0.0.1:10998 port=10998

@@ -79,7 +79,7 @@ h2.block_status(4096, 16 << 20, show, nbd.CMD_FLAG_REQ_ONE)
 h2.block_status(512, (64 << 20) + 4096 - 512, show)' >"$work/out"
 	undo rm -f "$work/out"
 	is 'block status' "$(tr '\n' ' ' <"$work/out")" \
-		"16776704 [512, 0, 131072, 3, 916992, 0] 16777216 [4096, 3] 67112448 [512, 0] "
+		"16776704 [512, 0, 131072, 3, 917504, 0] 16777216 [4096, 3] 67112448 [512, 0] "
 	cowctl reset test-cow force=true
 	is 'after a reset' "$(map)" \
 		'0+16777216:0 16777216+131072:3 16908288+50200576:0 67108864+1048576:3'
