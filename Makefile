@@ -7,6 +7,9 @@ PREFIX ?= /usr/local
 CFLAGS ?= -O2 -g
 KERNELS ?= 6.1 6.12
 
+# Where nbdkit looks for plugins; empty without its header.
+plugin_dir := $(shell pkg-config nbdkit --variable=plugindir 2>/dev/null)
+
 V ?= 0
 Q := $(if $(filter 1,$(V)),,@)
 say = @printf '  %-8s %s\n' $(1) '$(2)'
@@ -19,7 +22,7 @@ release := $(shell sed -n 's/.*UTS_RELEASE "\(.*\)"/\1/p' \
 ko := $(B)/modules/$(release)/dm-nbdcow.ko
 
 .PHONY: all
-all: tool $(if $(release),module,no-module)
+all: tool $(if $(plugin_dir),,no-plugin) $(if $(release),module,no-module)
 
 .PHONY: help
 help:
@@ -39,7 +42,8 @@ help:
 	@echo '                       PREFIX=$(PREFIX), DESTDIR=; KDIR=headers of another kernel'
 	@echo
 	@echo 'Parts:'
-	@echo '  make tool            build/cowctl'
+	@echo '  make tool            build/cowctl, and the plugin if nbdkit-plugin-dev is there'
+	@echo '  make plugin          build/nbdkit-nbdcow-plugin.so'
 	@echo '  make module          build/modules/RELEASE/dm-nbdcow.ko'
 	@echo '  make deps            installs the packages that demo and check need'
 	@echo '  make clean           removes what was built; keeps downloaded kernels and images'
@@ -80,11 +84,19 @@ $(ko): Kbuild $(wildcard kernel/*.[ch])
 #
 
 libraries := devmapper json-c
+# Loaded only where it is used, see tools/holes.c.
+loaded := libnbd
 warnings := -Wall -Wextra -Wshadow -Wno-missing-field-initializers $(if $(WERROR),-Werror)
-tool_objects := $(patsubst tools/%.c,$(B)/tools/%.o,$(wildcard tools/*.c))
+plugin_source := tools/nbdkit-nbdcow-plugin.c
+tool_objects := $(patsubst tools/%.c,$(B)/tools/%.o,$(filter-out $(plugin_source),$(wildcard tools/*.c)))
+# The plugin has some files of the tool in it.
+plugin_objects := $(patsubst %,$(B)/plugin/%.o,nbdkit-nbdcow-plugin dm loop util)
 
-.PHONY: tool test-helpers man
-tool: $(B)/cowctl
+.PHONY: tool plugin no-plugin test-helpers man
+tool: $(B)/cowctl $(if $(plugin_dir),plugin)
+plugin: $(B)/nbdkit-nbdcow-plugin.so
+no-plugin:
+	@echo 'no nbdkit plugin: its header is missing (on Debian: apt install nbdkit-plugin-dev)'
 man: build/cowctl.8
 test-helpers:
 	$(Q)$(MAKE) --no-print-directory $(if $(Q),-s) -C tests OUTPUT=../$(B)/tests \
@@ -96,10 +108,21 @@ $(B)/cowctl: $(tool_objects)
 
 $(B)/tools/%.o: tools/%.c $(wildcard tools/*.h) Makefile
 	$(call say,CC,$@)
-	$(Q)pkg-config --exists $(libraries) || { echo >&2 "no tool: pkg-config, libdevmapper-dev or" \
-		"libjson-c-dev is missing ('make deps' installs all that is needed)"; exit 1; }
+	$(Q)pkg-config --exists $(libraries) $(loaded) || { echo >&2 "no tool: pkg-config," \
+		"libdevmapper-dev, libjson-c-dev or libnbd-dev is missing" \
+		"('make deps' installs all that is needed)"; exit 1; }
 	$(Q)mkdir -p $(@D)
-	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries)) -c $< -o $@
+	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries) $(loaded)) -c $< -o $@
+
+$(B)/nbdkit-nbdcow-plugin.so: $(plugin_objects)
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -shared -pthread $^ $$(pkg-config --libs devmapper) -o $@
+
+$(B)/plugin/%.o: tools/%.c $(wildcard tools/*.h) Makefile
+	$(call say,CC,$@)
+	$(Q)mkdir -p $(@D)
+	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE -fPIC -fvisibility=hidden $(warnings) $(CFLAGS) \
+		$$(pkg-config --cflags devmapper nbdkit) -c $< -o $@
 
 build/%.8: Documentation/%.8.rst
 	$(call say,MAN,$@)
@@ -117,10 +140,13 @@ man8 := $(DESTDIR)$(PREFIX)/share/man/man8
 with_man := $(shell command -v rst2man)
 
 .PHONY: install uninstall
-install: module tool $(if $(with_man),man)
+install: module tool $(if $(plugin_dir),,no-plugin) $(if $(with_man),man)
 	$(Q)install -D -m 644 $(ko) $(modules)/$(release)/updates/dm-nbdcow.ko
 	$(Q)[ -n '$(DESTDIR)' ] || depmod -a $(release)
 	$(Q)install -D -m 755 $(B)/cowctl $(sbin)/cowctl
+ifneq ($(plugin_dir),)
+	$(Q)install -D -m 644 $(B)/nbdkit-nbdcow-plugin.so $(DESTDIR)$(plugin_dir)/nbdkit-nbdcow-plugin.so
+endif
 ifneq ($(with_man),)
 	$(Q)install -D -m 644 build/cowctl.8 $(man8)/cowctl.8
 else
@@ -134,17 +160,18 @@ uninstall:
 		ko=$${ko#$(modules)/}; \
 		[ -n '$(DESTDIR)' ] || depmod -a "$${ko%%/*}"; \
 	done
-	$(Q)rm -f $(sbin)/cowctl $(man8)/cowctl.8
+	$(Q)rm -f $(sbin)/cowctl $(man8)/cowctl.8 \
+		$(if $(plugin_dir),$(DESTDIR)$(plugin_dir)/nbdkit-nbdcow-plugin.so)
 
 #
 # Try and check
 #
 
-packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libelf-dev xz-utils \
+packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libnbd-dev libelf-dev xz-utils \
 	zstd debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
-	libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
+	nbdkit-plugin-dev libnbd-bin dmsetup e2fsprogs fdisk gdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
-	xfsprogs strace
+	xfsprogs strace python3-libnbd
 
 .PHONY: deps demo-deps
 deps: packages += $(check_packages)
@@ -171,6 +198,6 @@ check: deps
 
 .PHONY: clean distclean
 clean:
-	$(Q)rm -rf build/cowctl build/cowctl.8 build/tools build/tests build/modules build/check build/vm
+	$(Q)rm -rf build/cowctl build/cowctl.8 build/*.so build/tools build/plugin build/tests build/modules build/check build/vm
 distclean:
 	$(Q)rm -rf build

@@ -7,6 +7,7 @@
 . "$(dirname "$0")/common.sh"
 
 run_dir=/run/cowctl
+COW=/dev/mapper/test-cow
 
 # The system calls that change something, or wait for another program ...
 calls=(ioctl mkdir rename unlink clone poll wait4)
@@ -71,12 +72,23 @@ sweep()
 	return 0
 }
 
+# What bases hold.
+make_image_content()
+{
+	local loop
+
+	loop=$(losetup -f --show "$work/disk.img")
+	io "$loop" 'write 0 end .'
+	losetup -d "$loop"
+}
+
 # $image and $uri: bases that take a step before the copy is made
 make_bases()
 {
 	need cowctl strace nbdkit nbd-client
 	need_module nbd
 	make_file disk.img 1M
+	make_image_content
 	image=base=$work/disk.img
 	undo rm -f "$work/socket"
 	start_nbdkit "$work/socket" file "$work/disk.img"
@@ -142,6 +154,73 @@ failed_create()
 			nothing_left
 		done
 	done
+}
+
+# What was written is there, and one base, well connected.
+is_whole()
+{
+	io $COW 'check 0 4k A' 'check 4k 1020k .'
+	is 'what is left beside the base' \
+		$(($(connections) + $(losetup -a | grep -c "($work" || :))) 1
+}
+
+# A rebase, or a change of the size, that is killed: it is there or not, and the same
+# command works. What fails or is told to stop has left all as it was.
+changed_copy()
+{
+	local step rc what from to=$image
+
+	cowctl create test-cow "$uri" holes=false
+	io $COW 'write 0 4k A'
+	for from in "$uri" "$image"; do
+		[ "$from" = "$uri" ] || to=$uri
+		list_steps cowctl rebase test-cow "$to" holes=false
+		cowctl rebase test-cow "$from" holes=false
+		for step in "${steps[@]}"; do
+			at "$step" "$1" cowctl rebase test-cow "$to" holes=false
+			if [ "$1" = error=EIO ] && [ "$rc" != 0 ]; then
+				is "base after '$(<"$work/output")'" "base=$(base)" "$from"
+				is_whole
+			elif [ "$1" = signal=SIGTERM ] && [ "$rc" = 143 ]; then
+				is base "base=$(base)" "$from"
+				is_whole
+			fi
+			cowctl rebase test-cow "$to" holes=false
+			is base "base=$(base)" "$to"
+			is_whole
+			cowctl rebase test-cow "$from" holes=false
+		done
+	done
+	cowctl remove test-cow
+	nothing_left
+}
+
+base()
+{
+	cowctl status test-cow --json | jq -r .base
+}
+
+killed_rebase()
+{
+	need jq
+	make_bases
+	changed_copy signal=SIGKILL
+}
+
+failed_rebase()
+{
+	local -a calls=(ioctl mkdir rename clone)
+
+	need jq
+	make_bases
+	changed_copy error=EIO
+}
+
+stopped_rebase()
+{
+	need jq
+	make_bases
+	changed_copy signal=SIGTERM
 }
 
 killed_remove()
@@ -217,6 +296,9 @@ run_tests \
 	killed_create 'create, killed at each step and given again' \
 	stopped_create 'create, told to stop at each step' \
 	failed_create 'create, with a failure at each step' \
+	killed_rebase 'rebase, killed at each step and given again' \
+	stopped_rebase 'rebase, told to stop at each step' \
+	failed_rebase 'rebase, with a failure at each step' \
 	killed_remove 'remove, killed at each step and given again' \
 	create_after_killed_remove 'create after a remove that was not finished' \
 	killed_export 'export, killed at each step and given again' \

@@ -8,7 +8,6 @@
 #include <inttypes.h>
 #include <json-c/json.h>
 #include <linux/fs.h>
-#include <linux/magic.h>
 #include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
@@ -16,7 +15,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
 #include <sys/sysinfo.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
@@ -28,9 +26,10 @@
  * nothing of it has to be cleared away. From here on the signals that ask us to
  * stop are held back, see interrupted().
  *
- * Return: the descriptor that holds the lock, or -errno.
+ * Return: the descriptor that holds the lock, or -errno; -EBUSY, in silence, when
+ * it is taken and @wait is false.
  */
-static int lock_name(const struct args *args)
+int lock_slot(const char *slot, bool wait)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_len = 1 };
 	uint64_t hash = UINT64_C(14695981039346656037);
@@ -38,20 +37,27 @@ static int lock_name(const struct args *args)
 	int fd;
 
 	/* FNV-1a; two names of one hash merely wait for each other */
-	for (const char *s = args->mangled; *s; s++)
+	for (const char *s = slot; *s; s++)
 		hash = (hash ^ (unsigned char)*s) * UINT64_C(1099511628211);
 	lock.l_start = hash >> 2;
 	if (mkdir(RUN_DIR, 0755) && errno != EEXIST)
 		return fail(-errno, "cannot make " RUN_DIR ": %m");
 	fd = open(RUN_DIR "/lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	if (fd < 0 || fcntl(fd, F_OFD_SETLKW, &lock))
+	if (fd < 0 || fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) {
+		if (fd >= 0 && !wait && (errno == EAGAIN || errno == EACCES)) {
+			close(fd);
+			return -EBUSY;
+		}
 		return fail(-errno, "cannot lock " RUN_DIR "/lock: %m");
-	sigemptyset(&set);
-	sigaddset(&set, SIGINT);
-	sigaddset(&set, SIGTERM);
-	sigaddset(&set, SIGHUP);
+	}
+	stop_signals(&set);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	return fd;
+}
+
+int lock_name(const struct args *args)
+{
+	return lock_slot(args->mangled, true);
 }
 
 /* Return: whether block device @inner is @outer or one of its partitions. */
@@ -160,15 +166,8 @@ static int check_unused(const char *base, dev_t dev)
 	return 0;
 }
 
-struct base {
-	const char *text;		/* as the user gave it */
-	int fd;				/* of the block device */
-	dev_t dev;
-	uint64_t bytes;
-};
-
 /* What can be found wrong with base= before anything is done about it. */
-static int check_base(const char *text)
+int check_base(const char *text)
 {
 	struct stat st;
 
@@ -190,16 +189,18 @@ static int check_base(const char *text)
 	return 0;
 }
 
-/* Opens the base, through a loop device or an NBD connection where it takes one. */
-static int open_base(const struct args *args, int lock_fd, struct base *base)
+/*
+ * Opens the base, through a loop device or an NBD connection where it takes one;
+ * the connection is remembered as @slot's.
+ */
+int open_base(const char *text, const char *slot, int lock_fd, struct base *base)
 {
-	const char *text = args->value[KEY_BASE];
 	char dev[PATH_MAX];
 	struct stat st;
 
 	base->text = text;
 	if (strstr(text, "://"))
-		base->fd = nbd_connect(args->mangled, text, lock_fd, dev);
+		base->fd = nbd_connect(slot, text, lock_fd, dev);
 	else if (!stat(text, &st) && S_ISREG(st.st_mode))
 		base->fd = loop_attach(text, dev);
 	else
@@ -215,29 +216,10 @@ static int open_base(const struct args *args, int lock_fd, struct base *base)
 	return 0;
 }
 
-/* TMPDIR where it names a tmpfs, as a word of the table; otherwise NULL. */
-static char *tmpfs_from_environment(void)
+/* A key that takes a size, a part of the RAM or none; none where it is not given. */
+int parse_blocks(const struct args *args, enum key key, uint64_t *blocks)
 {
-	const char *dir = getenv("TMPDIR");
-	char *full, word[3 * PATH_MAX];
-	struct statfs fs;
-
-	if (!dir || !*dir)
-		return NULL;
-	full = realpath(dir, NULL);
-	if (!full || statfs(full, &fs) || fs.f_type != TMPFS_MAGIC ||
-	    percent_encode(full, word, sizeof(word))) {
-		warn("TMPDIR=%s is not on a tmpfs; what is written stays in memory, but not there",
-		     dir);
-		free(full);
-		return NULL;
-	}
-	free(full);
-	return xasprintf("%s", word);
-}
-
-static int parse_limit_key(const char *text, uint64_t *blocks)
-{
+	const char *text = args->value[key] ?: "none";
 	struct sysinfo info;
 
 	sysinfo(&info);
@@ -245,51 +227,128 @@ static int parse_limit_key(const char *text, uint64_t *blocks)
 	case 0:
 		return 0;
 	case ERANGE:
-		return fail(-EINVAL, "limit=%s is out of range: from %d bytes, or 1%% to 100%%",
-			    text, BLOCK_BYTES);
+		return fail(-EINVAL, "%s=%s is out of range: from %d bytes, or 1%% to 100%%",
+			    key_name(key), text, BLOCK_BYTES);
 	default:
-		return fail(-EINVAL, "limit=%s is no size (4G), percentage (25%%) or none", text);
+		return fail(-EINVAL, "%s=%s is no size (4G), percentage (25%%) or none",
+			    key_name(key), text);
 	}
 }
 
+/* A key that takes true or false; @fallback where it is not given. */
+int parse_flag(const struct args *args, enum key key, bool fallback, bool *flag)
+{
+	const char *text = args->value[key] ?: fallback ? "true" : "false";
+
+	*flag = !strcmp(text, "true");
+	return *flag || !strcmp(text, "false") ? 0 :
+	       fail(-EINVAL, "%s=%s is neither true nor false", key_name(key), text);
+}
+
+/* A size of at least a byte; 0 where it is not given. */
+int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
+{
+	const char *text = args->value[key];
+	int err;
+
+	*bytes = 0;
+	if (!text)
+		return 0;
+	err = parse_size(text, bytes);
+	if (err == -ERANGE || (!err && (!*bytes || *bytes > INT64_MAX - BLOCK_BYTES)))
+		return fail(-EINVAL, "%s=%s is out of range", key_name(key), text);
+	if (err)
+		return fail(-EINVAL, "%s=%s is no size (20G, 512M)", key_name(key), text);
+	return 0;
+}
+
+/* true, false, or a path that switches it; @path is NULL without one. */
+int parse_cow_on_read(const struct args *args, bool *on, const char **path)
+{
+	const char *text = args->value[KEY_COW_ON_READ] ?: "false";
+
+	*path = *text == '/' ? text : NULL;
+	*on = !strcmp(text, "true");
+	if (*path && (strlen(text) >= PATH_MAX || !printable(text)))
+		return fail(-EINVAL, "cow-on-read=%s: the path is too long or cannot be printed",
+			    text);
+	return *path || *on || !strcmp(text, "false") ? 0 :
+	       fail(-EINVAL, "cow-on-read=%s is neither true, false nor an absolute path", text);
+}
+
+int parse_on_base_error(const struct args *args, bool *queue)
+{
+	const char *text = args->value[KEY_ON_BASE_ERROR] ?: "error";
+
+	*queue = !strcmp(text, "queue");
+	return *queue || !strcmp(text, "error") ? 0 :
+	       fail(-EINVAL, "on-base-error=%s is neither error nor queue", text);
+}
+
+/* What a new device shall be like. */
 struct shape {
 	uint64_t limit_blocks;
+	uint64_t cache_limit_blocks;
 	uint64_t bytes;			/* 0: that of the base */
+	const char *watched;		/* switches cow-on-read, or NULL */
 	bool round_up;
+	bool cow_on_read;
+	bool cow_on_cache;
+	bool queue_errors;
+	bool holes;
+	bool partitions;
 };
 
 static int parse_shape(const struct args *args, struct shape *shape)
 {
-	const char *limit = args->value[KEY_LIMIT], *size = args->value[KEY_SIZE];
 	const char *round = args->value[KEY_ROUND];
-	int err;
 
-	shape->limit_blocks = NO_LIMIT;
-	shape->bytes = 0;
 	if (round && strcmp(round, "up") && strcmp(round, "down"))
 		return fail(-EINVAL, "round=%s is neither up nor down", round);
 	shape->round_up = round && !strcmp(round, "up");
-	if (limit) {
-		err = parse_limit_key(limit, &shape->limit_blocks);
-		if (err)
-			return err;
-	}
-	if (!size)
-		return 0;
-	err = parse_size(size, &shape->bytes);
-	if (err == -ERANGE || (!err && (!shape->bytes || shape->bytes > INT64_MAX - BLOCK_BYTES)))
-		return fail(-EINVAL, "size=%s is out of range", size);
-	if (err)
-		return fail(-EINVAL, "size=%s is no size (20G, 512M)", size);
-	return 0;
+	return parse_blocks(args, KEY_LIMIT, &shape->limit_blocks) ?:
+	       parse_bytes(args, KEY_SIZE, &shape->bytes) ?:
+	       parse_cow_on_read(args, &shape->cow_on_read, &shape->watched) ?:
+	       parse_flag(args, KEY_COW_ON_CACHE, false, &shape->cow_on_cache) ?:
+	       parse_blocks(args, KEY_CACHE_LIMIT, &shape->cache_limit_blocks) ?:
+	       parse_on_base_error(args, &shape->queue_errors) ?:
+	       parse_flag(args, KEY_HOLES, true, &shape->holes) ?:
+	       parse_flag(args, KEY_PARTITIONS, false, &shape->partitions);
+}
+
+/* A part of the table, and the number of its words in *@words; to be freed. */
+static char *limit_feature(const char *name, uint64_t blocks, int *words)
+{
+	if (blocks == NO_LIMIT)
+		return xasprintf("%s", "");
+	*words += 2;
+	return xasprintf(" %s %" PRIu64, name, blocks);
+}
+
+static char *table_line(const struct shape *shape, dev_t base)
+{
+	int words = shape->cow_on_read + shape->cow_on_cache + shape->queue_errors;
+	char *tmpfs = tmpfs_from_environment();
+	char *limit = limit_feature("limit", shape->limit_blocks, &words);
+	char *cache_limit = limit_feature("cache_limit", shape->cache_limit_blocks, &words);
+	char *line = xasprintf("%u:%u %d%s%s%s%s%s%s%s", major(base), minor(base),
+			       words + (tmpfs ? 2 : 0), limit, tmpfs ? " tmpfs " : "", tmpfs ?: "",
+			       shape->cow_on_read ? " cow_on_read" : "",
+			       shape->cow_on_cache ? " cow_on_cache" : "", cache_limit,
+			       shape->queue_errors ? " queue_errors" : "");
+
+	free(cache_limit);
+	free(limit);
+	free(tmpfs);
+	return line;
 }
 
 static int make_device(const struct args *args, const struct shape *shape,
 		       const struct base *base)
 {
 	uint64_t bytes = shape->bytes ? shape->bytes : base->bytes;
-	char *tmpfs, *limit, *params;
-	int words, err;
+	char *line;
+	int err;
 
 	if (shape->round_up)
 		bytes += BLOCK_BYTES - 1;
@@ -297,17 +356,56 @@ static int make_device(const struct args *args, const struct shape *shape,
 	if (!bytes)
 		return fail(-EINVAL, "%s would have no block of %d bytes; say round=up",
 			    args->name, BLOCK_BYTES);
-	tmpfs = tmpfs_from_environment();
-	limit = shape->limit_blocks == NO_LIMIT ? xasprintf("%s", "") :
-		xasprintf(" limit %" PRIu64, shape->limit_blocks);
-	words = (*limit ? 2 : 0) + (tmpfs ? 2 : 0);
-	params = xasprintf("%u:%u %d%s%s%s", major(base->dev), minor(base->dev), words, limit,
-			   tmpfs ? " tmpfs " : "", tmpfs ?: "");
-	err = dm_create(args, bytes / SECTOR_BYTES, params);
-	free(params);
-	free(limit);
-	free(tmpfs);
+	line = table_line(shape, base->dev);
+	err = dm_create(args, bytes / SECTOR_BYTES, line);
+	free(line);
 	return err;
+}
+
+/* What works for a device beside it, and the partitions. */
+static int add_services(const struct args *args, const struct shape *shape,
+			const struct base *base)
+{
+	struct cow cow;
+	int err = dm_find(args->mangled, &cow);
+
+	if (!err && shape->watched)
+		err = watch_start(&cow, shape->watched);
+	if (!err && shape->partitions)
+		err = parts_map(cow.path);
+	if (!err && shape->holes)
+		holes_start(&cow, base->text, base->bytes);
+	return err;
+}
+
+/* Takes the device away, and then what worked for it. */
+static int take_down(const struct args *args, const struct cow *cow)
+{
+	struct part *parts;
+	int n = parts_find(cow, &parts), err = 0;
+
+	free(parts);
+	if (n)
+		err = parts_unmap(cow->path);
+	if (!err)
+		err = dm_remove(args);
+	if (err) {
+		if (n)
+			parts_map(cow->path);
+		return err;
+	}
+	holes_stop(args->mangled);
+	watch_stop(args->mangled);
+	return 0;
+}
+
+/* Ends the NBD connections of this name, also one that a killed rebase has left. */
+static int release_base(const char *mangled)
+{
+	char slot[SLOT_BYTES];
+
+	nbd_next_slot(mangled, slot);
+	return nbd_release(slot) ?: nbd_release(mangled);
 }
 
 /* Return: 0 when the name is free, after clearing away what a killed create left. */
@@ -328,11 +426,15 @@ static int check_free(const struct args *args)
 	if (!err && !export_find(args->mangled, &export))
 		err = fail(-EBUSY, "an earlier %s is still exported; \"cowctl unexport\" it first",
 			   args->name);
-	return err ? err : nbd_release(args->mangled);
+	if (err)
+		return err;
+	holes_stop(args->mangled);
+	watch_stop(args->mangled);
+	return release_base(args->mangled);
 }
 
 /* The name of a block device under /dev. */
-static char *device_path(unsigned int maj, unsigned int min)
+char *device_path(unsigned int maj, unsigned int min)
 {
 	char *link = xasprintf("/sys/dev/block/%u:%u", maj, min), *path;
 	char *file = xasprintf("%s/dm/name", link), name[NAME_BYTES];
@@ -381,6 +483,91 @@ static void add_number(struct json_object *object, const char *key, uint64_t num
 	json_object_object_add(object, key, json_object_new_uint64(number));
 }
 
+static void add_flag(struct json_object *object, const char *key, bool flag)
+{
+	json_object_object_add(object, key, json_object_new_boolean(flag));
+}
+
+static void add_limit(struct json_object *object, const char *key, uint64_t blocks)
+{
+	if (blocks == NO_LIMIT)
+		json_object_object_add(object, key, NULL);
+	else
+		add_number(object, key, blocks * BLOCK_BYTES);
+}
+
+static uint64_t base_size(const struct cow *cow)
+{
+	char *file = xasprintf("/sys/dev/block/%u:%u/size", cow->table.major, cow->table.minor);
+	char text[24] = "0";
+
+	read_line(file, text, sizeof(text));
+	free(file);
+	return strtoull(text, NULL, 10) * SECTOR_BYTES;
+}
+
+static struct json_object *describe_prefetch(const struct cow_status *status)
+{
+	struct json_object *object;
+
+	if (!status->prefetch[0])
+		return NULL;
+	object = json_object_new_object();
+	add_text(object, "state", xasprintf("%s", status->prefetch));
+	add_number(object, "done", status->prefetch_done * BLOCK_BYTES);
+	add_number(object, "total", status->prefetch_total * BLOCK_BYTES);
+	return object;
+}
+
+/* What comes from where, and what does not come at all. */
+static void add_cache(struct json_object *object, const struct cow *cow)
+{
+	const struct cow_status *status = &cow->status;
+	char path[PATH_MAX];
+
+	if (!watch_find(cow->mangled, path))
+		add_text(object, "cow_on_read", xasprintf("%s", path));
+	else
+		add_flag(object, "cow_on_read", cow->table.cow_on_read);
+	add_flag(object, "cow_on_cache", cow->table.cow_on_cache);
+	add_number(object, "cached", status->cached_blocks * BLOCK_BYTES);
+	add_limit(object, "cache_limit", status->cache_limit_blocks);
+	add_number(object, "evicted", status->evicted_blocks * BLOCK_BYTES);
+	add_number(object, "hits", status->hit_sectors * SECTOR_BYTES);
+	add_number(object, "misses", status->missed_sectors * SECTOR_BYTES);
+	add_number(object, "overlay_reads", status->overlay_sectors * SECTOR_BYTES);
+	add_number(object, "base_reads", status->base_sectors * SECTOR_BYTES);
+	json_object_object_add(object, "prefetch", describe_prefetch(status));
+	add_text(object, "on_base_error",
+		 xasprintf("%s", cow->table.queue_errors ? "queue" : "error"));
+	add_number(object, "queued", status->queued);
+}
+
+static int by_minor(const void *a, const void *b)
+{
+	const struct part *const first = a, *const second = b;
+
+	return (first->minor > second->minor) - (first->minor < second->minor);
+}
+
+static struct json_object *describe_parts(const struct cow *cow)
+{
+	struct json_object *list = json_object_new_array();
+	struct part *parts;
+	int n = parts_find(cow, &parts);
+
+	if (n)
+		qsort(parts, n, sizeof(*parts), by_minor);
+	for (int i = 0; i < n; i++) {
+		char *path = device_path(parts[i].major, parts[i].minor);
+
+		json_object_array_add(list, json_object_new_string(path));
+		free(path);
+	}
+	free(parts);
+	return list;
+}
+
 /* A device as JSON, the same wherever one is reported; sizes are in bytes. */
 static struct json_object *describe(const struct cow *cow)
 {
@@ -393,19 +580,19 @@ static struct json_object *describe(const struct cow *cow)
 	add_number(object, "size", cow->sectors * SECTOR_BYTES);
 	add_text(object, "base", base_source(cow));
 	add_text(object, "base_device", device_path(cow->table.major, cow->table.minor));
+	add_number(object, "base_size", base_size(cow));
 	add_text(object, "tmpfs", cow->table.tmpfs[0] ? xasprintf("%s", cow->table.tmpfs) : NULL);
 	add_text(object, "health", xasprintf("%s", status->health));
 	add_number(object, "used", status->used_blocks * BLOCK_BYTES);
-	if (status->limit_blocks == NO_LIMIT)
-		json_object_object_add(object, "limit", NULL);
-	else
-		add_number(object, "limit", status->limit_blocks * BLOCK_BYTES);
+	add_limit(object, "limit", status->limit_blocks);
 	add_number(object, "peak", status->peak_blocks * BLOCK_BYTES);
 	add_number(object, "zeroed", status->zeroed_blocks * BLOCK_BYTES);
 	add_number(object, "metadata", status->metadata_bytes);
 	add_number(object, "writes_refused", status->writes_refused);
 	add_number(object, "base_errors", status->base_errors);
+	add_cache(object, cow);
 	add_number(object, "open_count", cow->open_count);
+	json_object_object_add(object, "partitions", describe_parts(cow));
 	if (!export_find(cow->mangled, &export)) {
 		served = json_object_new_object();
 		add_text(served, "server", xasprintf("%s", export.server));
@@ -422,7 +609,8 @@ static void print_json(struct json_object *object)
 	json_object_put(object);
 }
 
-static int report_created(const struct args *args)
+/* Prints the device: all of it as JSON, else its path. */
+int report(const struct args *args)
 {
 	struct cow cow;
 	int err = dm_find(args->mangled, &cow);
@@ -436,11 +624,27 @@ static int report_created(const struct args *args)
 	return 0;
 }
 
+/* Closes the base, which the mapped device keeps from here on; without, it goes. */
+static int create_on(const struct args *args, const struct shape *shape, struct base *base)
+{
+	int err = interrupted() ? -EINTR : make_device(args, shape, base);
+	struct cow cow;
+
+	close(base->fd);
+	if (err)
+		return err;
+	err = add_services(args, shape, base);
+	if (!err && interrupted())
+		err = -EINTR;
+	if (err && !dm_find(args->mangled, &cow) && take_down(args, &cow))
+		err = -EBUSY;
+	return err;
+}
+
 int cmd_create(const struct args *args)
 {
 	struct base base = { .fd = -1 };
 	struct shape shape;
-	bool made = false;
 	int lock, err;
 
 	if (!args->value[KEY_BASE])
@@ -458,27 +662,22 @@ int cmd_create(const struct args *args)
 		err = check_base(args->value[KEY_BASE]);
 	if (err)
 		goto out;
-	err = open_base(args, lock, &base);
-	if (!err && !interrupted()) {
-		err = make_device(args, &shape, &base);
-		made = !err;
-	}
-	/* The mapped device keeps a loop device from here on; without, it goes. */
-	if (base.fd >= 0)
+	err = open_base(args->value[KEY_BASE], args->mangled, lock, &base);
+	if (!err)
+		err = create_on(args, &shape, &base);
+	else if (base.fd >= 0)
 		close(base.fd);
-	if (!err && interrupted())
-		err = made && dm_remove(args) ? -EBUSY : -EINTR;
 	if (err)
 		nbd_release(args->mangled);
 	else
-		err = report_created(args);
+		err = report(args);
 out:
 	close(lock);
 	return err;
 }
 
 /* Return: 0 and the live device of ours that is meant, or -errno. */
-static int find_cow(const struct args *args, struct cow *cow)
+int find_cow(const struct args *args, struct cow *cow)
 {
 	int err = dm_find(args->mangled, cow);
 
@@ -495,16 +694,18 @@ static int find_cow(const struct args *args, struct cow *cow)
 	return 0;
 }
 
-/* Says who has the device open. */
+/* Says who has the device open; its partitions are not meant. */
 static int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
 {
 	dev_t dev = makedev(cow->major, cow->minor);
 	char *where = mounted_on(dev), *other = NULL;
-	int copies = 0;
+	struct part *parts;
+	int n = parts_find(cow, &parts), copies = 0;
 
+	free(parts);
 	if (where)
 		fail(-EBUSY, "%s is mounted on %s; unmount it first%s", args->name, where, hint);
-	else
+	else if (!n)
 		copies = count_copies(dev, &other);
 	if (other)
 		fail(-EBUSY, "%s is in use by %s%s", args->name, other, hint);
@@ -512,10 +713,29 @@ static int fail_busy(const struct args *args, const struct cow *cow, const char 
 		fail(-EBUSY, "%s is the base of another copy%s", args->name, hint);
 	else if (!where)
 		fail(-EBUSY, "%s is open in %d place(s); \"fuser -v %s\" shows them%s", args->name,
-		     cow->open_count, cow->path, hint);
+		     cow->open_count - n, cow->path, hint);
 	free(where);
 	free(other);
 	return -EBUSY;
+}
+
+/* Return: 0 when nobody has the device open, except as unused partitions of it. */
+static int check_closed(const struct args *args, const struct cow *cow, const char *hint)
+{
+	struct part *parts;
+	int n = parts_find(cow, &parts), err = 0;
+
+	for (int i = 0; i < n && !err; i++) {
+		struct args part_args = { 0 };
+		struct cow part;
+
+		if (dm_find_number(parts[i].major, parts[i].minor, &part) || !part.open_count)
+			continue;
+		part_args.name = part.name;
+		err = fail_busy(&part_args, &part, hint);
+	}
+	free(parts);
+	return err ? err : cow->open_count > n ? fail_busy(args, cow, hint) : 0;
 }
 
 static int remove_locked(const struct args *args)
@@ -527,7 +747,7 @@ static int remove_locked(const struct args *args)
 
 	/* Without a device there may still be the end of an earlier remove to do. */
 	if (err == -ENODEV && !nbd_find(args->mangled, &link))
-		return nbd_release(args->mangled);
+		return release_base(args->mangled);
 	if (err || cow.state != COW_HALF_MADE)
 		err = find_cow(args, &cow);
 	if (err)
@@ -535,9 +755,8 @@ static int remove_locked(const struct args *args)
 	if (!export_find(args->mangled, &export))
 		return fail(-EBUSY, "%s is exported at %s; \"cowctl unexport\" it first",
 			    args->name, export.uri);
-	if (cow.open_count)
-		return fail_busy(args, &cow, "");
-	return dm_remove(args) ?: nbd_release(args->mangled);
+	return check_closed(args, &cow, "") ?: take_down(args, &cow) ?:
+	       release_base(args->mangled);
 }
 
 int cmd_remove(const struct args *args)
@@ -589,7 +808,7 @@ static char *limit_text(struct json_object *device)
 			 human_size(number(device, "limit"), size) : "none");
 }
 
-#define COLUMNS 7
+#define COLUMNS 8
 
 /* A row of cells, the last of which needs no padding; owned by the table. */
 static void fill_row(char **cells, struct json_object *device)
@@ -601,9 +820,10 @@ static void fill_row(char **cells, struct json_object *device)
 	cells[1] = xasprintf("%s", human_size(number(device, "size"), size));
 	cells[2] = used_text(device);
 	cells[3] = limit_text(device);
-	cells[4] = xasprintf("%s", text(device, "health"));
-	cells[5] = xasprintf("%s", text(device, "base"));
-	cells[6] = xasprintf("%s", served ? text(served, "uri") : "-");
+	cells[4] = xasprintf("%s", human_size(number(device, "cached"), size));
+	cells[5] = xasprintf("%s", text(device, "health"));
+	cells[6] = xasprintf("%s", text(device, "base"));
+	cells[7] = xasprintf("%s", served ? text(served, "uri") : "-");
 }
 
 /* Bytes that begin a character; close enough to its width on a terminal. */
@@ -619,7 +839,7 @@ static int width(const char *cell)
 static void print_table(struct json_object *list)
 {
 	static const char *const heads[COLUMNS] = {
-		"NAME", "SIZE", "USED", "LIMIT", "HEALTH", "BASE", "EXPORT",
+		"NAME", "SIZE", "USED", "LIMIT", "CACHED", "HEALTH", "BASE", "EXPORT",
 	};
 	size_t rows = json_object_array_length(list) + 1;
 	char **cells = calloc(rows * COLUMNS, sizeof(*cells));
@@ -661,37 +881,115 @@ int cmd_list(const struct args *args)
 	return 0;
 }
 
+static void print_line(const char *title, char *value)
+{
+	printf("  %-17s %s\n", title, value);
+	free(value);
+}
+
+static void print_sizes(struct json_object *device, const char *const (*lines)[2])
+{
+	char size[16];
+
+	for (; (*lines)[0]; lines++)
+		print_line((*lines)[0], xasprintf("%s", human_size(number(device, (*lines)[1]),
+								   size)));
+}
+
+static void print_numbers(struct json_object *device, const char *const (*lines)[2])
+{
+	for (; (*lines)[0]; lines++)
+		print_line((*lines)[0], xasprintf("%" PRIu64, number(device, (*lines)[1])));
+}
+
+/* The health, and what is known about a base that is not well. */
+static char *health_text(struct json_object *device)
+{
+	const char *health = text(device, "health"), *more = "";
+
+	if (strcmp(health, "base-error"))
+		more = "";
+	else if (!number(device, "base_size"))
+		more = ": the base is away";
+	else if (!number(device, "base_errors"))
+		more = ": the base is smaller than it was";
+	else
+		more = ": the base cannot be read, or is smaller than it was";
+	return xasprintf("%s%s", health, more);
+}
+
+static void print_cache(struct json_object *device)
+{
+	static const char *const reads[][2] = {
+		{ "evicted", "evicted" },
+		{ "read from overlay", "overlay_reads" },
+		{ "read from cache", "hits" },
+		{ "read into cache", "misses" },
+		{ "read past cache", "base_reads" },
+		{ NULL, NULL }
+	};
+	struct json_object *prefetch = json_object_object_get(device, "prefetch");
+	char size[16], more[16];
+
+	human_size(number(device, "cached"), size);
+	if (json_object_object_get(device, "cache_limit"))
+		print_line("cache", xasprintf("%s of at most %s", size,
+					      human_size(number(device, "cache_limit"), more)));
+	else
+		print_line("cache", xasprintf("%s", size));
+	print_line("cow-on-read", xasprintf("%s", text(device, "cow_on_read")));
+	print_line("cow-on-cache", xasprintf("%s", text(device, "cow_on_cache")));
+	print_sizes(device, reads);
+	if (prefetch)
+		print_line("prefetch", xasprintf("%s, %s of %s", text(prefetch, "state"),
+						 human_size(number(prefetch, "done"), size),
+						 human_size(number(prefetch, "total"), more)));
+}
+
+static void print_partitions(struct json_object *device)
+{
+	struct json_object *parts = json_object_object_get(device, "partitions");
+
+	for (size_t i = 0; i < json_object_array_length(parts); i++)
+		print_line("partition",
+			   xasprintf("%s", json_object_get_string(json_object_array_get_idx(parts,
+											    i))));
+}
+
 static void print_status(struct json_object *device)
 {
 	struct json_object *served = json_object_object_get(device, "export");
+	static const char *const sizes[][2] = {
+		{ "peak", "peak" }, { "zeroed", "zeroed" }, { "metadata", "metadata" },
+		{ NULL, NULL }
+	};
 	static const char *const counters[][2] = {
 		{ "writes refused", "writes_refused" },
 		{ "base read errors", "base_errors" },
+		{ "reads waiting", "queued" },
 		{ "open", "open_count" },
+		{ NULL, NULL }
 	};
-	static const char *const sizes[][2] = {
-		{ "peak", "peak" }, { "zeroed", "zeroed" }, { "metadata", "metadata" },
-	};
-	char *used = used_text(device), *limit = limit_text(device), size[16];
+	char size[16];
 
 	printf("%s\n", text(device, "path"));
-	printf("  %-17s %s\n", "size", human_size(number(device, "size"), size));
-	printf("  %-17s %s\n", "base", text(device, "base"));
+	print_line("size", xasprintf("%s", human_size(number(device, "size"), size)));
+	print_line("base", xasprintf("%s", text(device, "base")));
 	if (strcmp(text(device, "base"), text(device, "base_device")))
-		printf("  %-17s %s\n", "base device", text(device, "base_device"));
-	printf("  %-17s %s\n", "health", text(device, "health"));
-	printf("  %-17s %s\n", "used", used);
-	printf("  %-17s %s\n", "limit", limit);
-	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
-		printf("  %-17s %s\n", sizes[i][0], human_size(number(device, sizes[i][1]), size));
+		print_line("base device", xasprintf("%s", text(device, "base_device")));
+	print_line("on base error", xasprintf("%s", text(device, "on_base_error")));
+	print_line("health", health_text(device));
+	print_line("used", used_text(device));
+	print_line("limit", limit_text(device));
+	print_sizes(device, sizes);
 	if (json_object_object_get(device, "tmpfs"))
-		printf("  %-17s %s\n", "tmpfs", text(device, "tmpfs"));
-	for (size_t i = 0; i < sizeof(counters) / sizeof(counters[0]); i++)
-		printf("  %-17s %" PRIu64 "\n", counters[i][0], number(device, counters[i][1]));
+		print_line("tmpfs", xasprintf("%s", text(device, "tmpfs")));
+	print_cache(device);
+	print_numbers(device, counters);
+	print_partitions(device);
 	if (served)
-		printf("  %-17s %s by %s\n", "export", text(served, "uri"), text(served, "server"));
-	free(used);
-	free(limit);
+		print_line("export", xasprintf("%s by %s", text(served, "uri"),
+					       text(served, "server")));
 }
 
 int cmd_status(const struct args *args)
@@ -712,45 +1010,51 @@ int cmd_status(const struct args *args)
 	return 0;
 }
 
-static int parse_force(const struct args *args, bool *force)
-{
-	const char *value = args->value[KEY_FORCE] ?: "false";
-
-	*force = !strcmp(value, "true");
-	return *force || !strcmp(value, "false") ? 0 :
-	       fail(-EINVAL, "force=%s is neither true nor false", value);
-}
+#define RESET_HINT ", or say force=true"
 
 /*
  * The page cache is emptied before the reset, or what is dirty in it would be
  * written to the fresh overlay, and after it, or its readers would see old data.
  */
-static int reset_locked(const struct args *args, bool force)
+static int reset_device(const struct args *args, const struct cow *cow, bool force)
 {
-	static const char hint[] = ", or say force=true";
-	struct cow cow;
-	int err = find_cow(args, &cow), fd;
+	int fd = open(cow->path, O_RDONLY | O_CLOEXEC | (force ? 0 : O_EXCL)), err;
 
-	if (err)
-		return err;
-	if (cow.open_count && !force)
-		return fail_busy(args, &cow, hint);
-	fd = open(cow.path, O_RDONLY | O_CLOEXEC | (force ? 0 : O_EXCL));
 	if (fd < 0)
-		return errno == EBUSY ? fail_busy(args, &cow, hint) :
-		       fail(-errno, "cannot open %s: %m", cow.path);
+		return errno == EBUSY ? fail_busy(args, cow, RESET_HINT) :
+		       fail(-errno, "cannot open %s: %m", cow->path);
 	ioctl(fd, BLKFLSBUF);
 	err = dm_message(args, "reset");
 	if (!err && ioctl(fd, BLKFLSBUF))
-		err = fail(-errno, "cannot empty the page cache of %s: %m", cow.path);
+		err = fail(-errno, "cannot empty the page cache of %s: %m", cow->path);
 	close(fd);
 	return err;
+}
+
+/* Partitions that nobody uses are taken away meanwhile, and looked for again. */
+static int reset_locked(const struct args *args, bool force)
+{
+	struct part *parts;
+	struct cow cow;
+	int err = find_cow(args, &cow), n;
+
+	if (!err && !force)
+		err = check_closed(args, &cow, RESET_HINT);
+	if (err)
+		return err;
+	n = parts_find(&cow, &parts);
+	free(parts);
+	if (n && !force)
+		err = parts_unmap(cow.path);
+	if (!err)
+		err = reset_device(args, &cow, force);
+	return n ? parts_map(cow.path) ?: err : err;
 }
 
 int cmd_reset(const struct args *args)
 {
 	bool force;
-	int err = parse_force(args, &force), lock;
+	int err = parse_flag(args, KEY_FORCE, false, &force), lock;
 
 	if (err)
 		return err;
@@ -758,31 +1062,6 @@ int cmd_reset(const struct args *args)
 	if (lock < 0)
 		return lock;
 	err = reset_locked(args, force);
-	close(lock);
-	return err;
-}
-
-int cmd_set(const struct args *args)
-{
-	struct cow cow;
-	uint64_t blocks;
-	char *message;
-	int err, lock;
-
-	if (!args->value[KEY_LIMIT])
-		return fail(-EINVAL, "set: limit= is missing; see \"cowctl help set\"");
-	err = parse_limit_key(args->value[KEY_LIMIT], &blocks);
-	if (err)
-		return err;
-	lock = lock_name(args);
-	if (lock < 0)
-		return lock;
-	err = find_cow(args, &cow);
-	message = blocks == NO_LIMIT ? xasprintf("limit none") :
-		  xasprintf("limit %" PRIu64, blocks);
-	if (!err)
-		err = dm_message(args, message);
-	free(message);
 	close(lock);
 	return err;
 }

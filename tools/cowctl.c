@@ -31,8 +31,26 @@ static const struct {
 	[KEY_SOCKET] = { "socket", "PATH", "listen on this Unix socket" },
 	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
 	[KEY_ADDRESS] = { "address", "ADDRESS", "and on this address; 127.0.0.1 with port=" },
-	[KEY_SERVER] = { "server", "nbdkit|nbd-server", "what serves it; nbdkit by default" },
-	[KEY_FORCE] = { "force", "true|false", "even while it is in use" },
+	[KEY_SERVER] = { "server", "nbdcow|nbdkit|nbd-server",
+			 "what serves it; nbdcow by default, where it is" },
+	[KEY_FORCE] = { "force", "true|false", "whatever speaks against it" },
+	[KEY_COW_ON_READ] = { "cow-on-read", "true|false|PATH",
+			      "keep what is read from BASE in its cache;\n"
+			      "\t\t\t    PATH: while that exists" },
+	[KEY_COW_ON_CACHE] = { "cow-on-cache", "true|false", "keep what is read ahead" },
+	[KEY_CACHE_LIMIT] = { "cache-limit", "LIMIT", "the most the cache of BASE may hold" },
+	[KEY_CACHE] = { "cache", "drop", "forget what the cache of the base holds" },
+	[KEY_ON_BASE_ERROR] = { "on-base-error", "error|queue",
+				"reads fail while BASE is away, or wait for it" },
+	[KEY_PARTITIONS] = { "partitions", "true|false", "make devices for its partitions" },
+	[KEY_HOLES] = { "holes", "true|false",
+			"ask an NBD server for its holes; true by default" },
+	[KEY_RANGE] = { "range", "START-END", "from and to where, such as 1G-2G; all by default" },
+	[KEY_RATE] = { "rate", "SIZE", "the most to read in a second" },
+	[KEY_WAIT] = { "wait", "true|false", "until it is done; true by default" },
+	[KEY_PER_CLIENT] = { "per-client", "true|false", "a copy for each connection" },
+	[KEY_PER_EXPORT_NAME] = { "per-export-name", "true|false", "a copy for each export name" },
+	[KEY_MAX_CLIENTS] = { "max-clients", "NUMBER", "the most copies; 256 by default" },
 };
 
 static const struct command {
@@ -42,13 +60,17 @@ static const struct command {
 	const char *help;
 	unsigned int keys;
 	bool no_name;			/* takes no NAME */
+	bool many;			/* NAME is that of many devices */
+	bool can_stop;			/* takes the word stop */
 } commands[] = {
 	{
 		.name = "create",
 		.run = cmd_create,
-		.usage = "[NAME] base=BASE [limit=LIMIT] [size=SIZE] [round=up]",
+		.usage = "[NAME] base=BASE [key=value...]",
 		.help = "make a temporary writable copy of BASE",
-		.keys = KEY(BASE) | KEY(LIMIT) | KEY(SIZE) | KEY(ROUND),
+		.keys = KEY(BASE) | KEY(LIMIT) | KEY(SIZE) | KEY(ROUND) | KEY(COW_ON_READ) |
+			KEY(COW_ON_CACHE) | KEY(CACHE_LIMIT) | KEY(ON_BASE_ERROR) | KEY(HOLES) |
+			KEY(PARTITIONS),
 	}, {
 		.name = "remove",
 		.run = cmd_remove,
@@ -74,13 +96,27 @@ static const struct command {
 	}, {
 		.name = "set",
 		.run = cmd_set,
-		.usage = "[NAME] limit=LIMIT",
-		.help = "change the limit, at once",
-		.keys = KEY(LIMIT),
+		.usage = "[NAME] key=value...",
+		.help = "change it while it is in use",
+		.keys = KEY(LIMIT) | KEY(SIZE) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
+			KEY(CACHE_LIMIT) | KEY(CACHE) | KEY(ON_BASE_ERROR) | KEY(PARTITIONS),
+	}, {
+		.name = "prefetch",
+		.run = cmd_prefetch,
+		.usage = "[NAME] [stop] [range=START-END] [rate=SIZE] [wait=false]",
+		.help = "read the base into its cache",
+		.keys = KEY(RANGE) | KEY(RATE) | KEY(WAIT),
+		.can_stop = true,
+	}, {
+		.name = "rebase",
+		.run = cmd_rebase,
+		.usage = "[NAME] base=BASE [force=true] [holes=false]",
+		.help = "move it to another base of the same content",
+		.keys = KEY(BASE) | KEY(FORCE) | KEY(HOLES),
 	}, {
 		.name = "export",
 		.run = cmd_export,
-		.usage = "[NAME] [socket=PATH | port=PORT address=ADDRESS] [server=nbd-server]",
+		.usage = "[NAME] [socket=PATH | port=PORT address=ADDRESS] [server=SERVER]",
 		.help = "serve it over NBD",
 		.keys = KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS) | KEY(SERVER),
 	}, {
@@ -88,9 +124,23 @@ static const struct command {
 		.run = cmd_unexport,
 		.usage = "[NAME]",
 		.help = "stop serving it",
+	}, {
+		.name = "serve",
+		.run = cmd_serve,
+		.usage = "[NAME] base=BASE [key=value...]",
+		.help = "serve copies of BASE over NBD, made for those who connect",
+		.many = true,
+		.keys = KEY(BASE) | KEY(PER_CLIENT) | KEY(PER_EXPORT_NAME) | KEY(LIMIT) |
+			KEY(MAX_CLIENTS) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
+			KEY(CACHE_LIMIT) | KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS),
 	},
 	{ .name = NULL }
 };
+
+const char *key_name(enum key key)
+{
+	return keys[key].name;
+}
 
 static const struct command *find_command(const char *name)
 {
@@ -116,7 +166,8 @@ static void help_command(const struct command *command)
 		free(text);
 	}
 	if (!command->no_name)
-		puts("\nNAME is \"cow\" unless given; the device is /dev/mapper/NAME.");
+		printf("\nNAME is \"cow\" unless given; the device is /dev/mapper/NAME%s.\n",
+		       command->many ? "-PID-NUMBER" : "");
 }
 
 static void help(void)
@@ -176,6 +227,8 @@ static int parse_args(const struct command *command, char **words, struct args *
 			   !args->value[KEY_BASE]) {
 			/* No name has a slash in it, so this is what is meant. */
 			args->value[KEY_BASE] = *words;
+		} else if (command->can_stop && !args->stop && !strcmp(*words, "stop")) {
+			args->stop = true;
 		} else if (!command->no_name && !args->name) {
 			args->name = *words;
 		} else {

@@ -2,7 +2,9 @@
 /*
  * cowctl: make, watch and export temporary writable copies of block devices.
  *
- * cmds.c calls every layer; dm.c, nbd.c, loop.c and export.c know only util.c.
+ * cmds.c, change.c and prefetch.c have the commands and call every layer. dm.c,
+ * nbd.c, loop.c, parts.c and export.c know only util.c; helper.c, and watch.c and
+ * holes.c above it, also dm.c.
  * Functions return 0 or -errno. The layer that fails prints the one message,
  * through fail(); whoever gets the error back passes it on in silence.
  */
@@ -10,6 +12,7 @@
 #define COWCTL_H
 
 #include <limits.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -34,6 +37,7 @@ enum {
 	EXIT_IN_USE = 4,
 	EXIT_NOT_PERMITTED = 5,
 	EXIT_MISSING = 6,
+	EXIT_CACHE_FULL = 7,
 };
 
 /* The keys of key=value arguments, in the order of the table in cowctl.c. */
@@ -47,6 +51,19 @@ enum key {
 	KEY_ADDRESS,
 	KEY_SERVER,
 	KEY_FORCE,
+	KEY_COW_ON_READ,
+	KEY_COW_ON_CACHE,
+	KEY_CACHE_LIMIT,
+	KEY_CACHE,
+	KEY_ON_BASE_ERROR,
+	KEY_PARTITIONS,
+	KEY_HOLES,
+	KEY_RANGE,
+	KEY_RATE,
+	KEY_WAIT,
+	KEY_PER_CLIENT,
+	KEY_PER_EXPORT_NAME,
+	KEY_MAX_CLIENTS,
 	KEY_COUNT,
 };
 
@@ -54,6 +71,7 @@ struct args {
 	const char *name;		/* of the device, as typed */
 	char mangled[NAME_BYTES];	/* as it is in /dev/mapper */
 	const char *value[KEY_COUNT];	/* NULL where not given */
+	bool stop;			/* the word after NAME */
 	bool json;
 };
 
@@ -71,6 +89,10 @@ struct cow_table {
 	unsigned int major;
 	unsigned int minor;
 	uint64_t limit_blocks;
+	uint64_t cache_limit_blocks;
+	bool cow_on_read;
+	bool cow_on_cache;
+	bool queue_errors;
 	char tmpfs[PATH_MAX];
 };
 
@@ -84,6 +106,17 @@ struct cow_status {
 	uint64_t metadata_bytes;
 	uint64_t writes_refused;
 	uint64_t base_errors;
+	uint64_t cached_blocks;
+	uint64_t cache_limit_blocks;
+	uint64_t hit_sectors;
+	uint64_t missed_sectors;
+	uint64_t evicted_blocks;
+	uint64_t overlay_sectors;
+	uint64_t base_sectors;
+	char prefetch[16];		/* its state; empty without one */
+	uint64_t prefetch_done;		/* in blocks */
+	uint64_t prefetch_total;
+	uint64_t queued;
 };
 
 const char *name_error(const char *name);
@@ -91,6 +124,7 @@ int mangle_name(const char *name, char mangled[NAME_BYTES]);
 int parse_size(const char *text, uint64_t *bytes);
 int parse_limit(const char *text, uint64_t ram_bytes, uint64_t *blocks);
 int parse_port(const char *text);
+int parse_range(const char *text, uint64_t *start, uint64_t *end);
 int parse_nbd_uri(const char *text, struct nbd_uri *uri);
 int parse_table(const char *params, struct cow_table *table);
 int parse_status(const char *params, struct cow_status *status);
@@ -102,6 +136,7 @@ bool printable(const char *text);
 
 /* util.c: messages, files, processes */
 
+void put_message(const char *text);
 int fail(int err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int exit_code(int err);
@@ -109,6 +144,8 @@ int exit_code(int err);
 char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int read_line(const char *path, char *buf, size_t size);
 int write_file(const char *path, const char *text);
+char *tmpfs_from_environment(void);
+void stop_signals(sigset_t *set);
 bool interrupted(void);
 
 struct run {
@@ -137,11 +174,13 @@ struct cow {
 	enum cow_state state;
 	char name[NAME_BYTES];		/* as users type it */
 	char mangled[NAME_BYTES];
+	char uuid[NAME_BYTES + 2];
 	char path[PATH_MAX];
 	unsigned int major;
 	unsigned int minor;
 	int open_count;
 	uint64_t sectors;
+	char params[4 * PATH_MAX];	/* the table line */
 	struct cow_table table;
 	struct cow_status status;
 };
@@ -153,13 +192,26 @@ int dm_find_number(unsigned int major, unsigned int minor, struct cow *cow);
 int dm_each(int (*call)(const struct cow *cow, void *arg), void *arg);
 int dm_create(const struct args *args, uint64_t sectors, const char *params);
 int dm_remove(const struct args *args);
+int dm_reload(const struct cow *cow, uint64_t sectors, const char *params);
+void dm_clear(const char *mangled);
 int dm_message(const struct args *args, const char *message);
+int dm_send(const char *uuid, const char *message);
+bool dm_exists(const char *uuid);
+int dm_events(void);
+int dm_arm_events(int fd);
+void dm_close(void);
+int dm_server_create(const char *mangled, uint64_t sectors, const char *params, dev_t *dev);
+int dm_server_remove(const char *mangled, bool when_closed);
+void dm_server_sweep(void);
+int dm_ask(dev_t dev, const char *message, char **answer);
 
 /* loop.c */
 
 int loop_attach(const char *path, char dev[PATH_MAX]);
 
 /* nbd.c */
+
+#define SLOT_BYTES	(NAME_BYTES + 1)
 
 struct nbd_link {
 	char dev[32];			/* /dev/nbdN */
@@ -170,6 +222,38 @@ struct nbd_link {
 int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX]);
 int nbd_find(const char *mangled, struct nbd_link *link);
 int nbd_release(const char *mangled);
+int nbd_rename(const char *from, const char *to);
+void nbd_next_slot(const char *mangled, char slot[SLOT_BYTES]);
+
+/* parts.c */
+
+struct part {
+	unsigned int major;
+	unsigned int minor;
+};
+
+int parts_find(const struct cow *cow, struct part **parts);
+int parts_map(const char *path);
+int parts_unmap(const char *path);
+
+/* helper.c: processes that work for a device in the background */
+
+int helper_start(const char *mangled, const char *kind, const char *text,
+		 void (*work)(void *arg, int ready_fd), void *arg, int wait_ms);
+void helper_ready(int ready_fd, int err);
+int helper_find(const char *mangled, const char *kind, char *text, size_t size);
+void helper_stop(const char *mangled, const char *kind);
+
+/* watch.c */
+
+int watch_start(const struct cow *cow, const char *path);
+int watch_find(const char *mangled, char path[PATH_MAX]);
+void watch_stop(const char *mangled);
+
+/* holes.c */
+
+void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes);
+void holes_stop(const char *mangled);
 
 /* export.c */
 
@@ -182,7 +266,45 @@ int export_find(const char *mangled, struct export *export);
 int export_start(const struct cow *cow, const struct args *args);
 int export_stop(const char *mangled, const char *name);
 
-/* cmds.c */
+/* Where to listen: a Unix socket, or a TCP port of one address. */
+struct listen {
+	char socket[108];		/* as long as sun_path */
+	const char *address;
+	const char *port;
+	char uri[PATH_MAX];
+};
+
+int listen_parse(const struct args *args, struct listen *listen);
+int listen_check(const struct listen *listen, const char *name);
+char *run_path(const char *slot, const char *suffix);
+int write_run_file(const char *slot, const char *suffix, const char *text);
+void clear_away(const char *slot);
+char *find_plugin(void);
+
+/* cmds.c: what commands have in common */
+
+struct base {
+	const char *text;		/* as the user gave it */
+	int fd;				/* of the block device */
+	dev_t dev;
+	uint64_t bytes;
+};
+
+int lock_slot(const char *slot, bool wait);
+int lock_name(const struct args *args);
+int find_cow(const struct args *args, struct cow *cow);
+int check_base(const char *text);
+int open_base(const char *text, const char *slot, int lock_fd, struct base *base);
+int parse_blocks(const struct args *args, enum key key, uint64_t *blocks);
+int parse_flag(const struct args *args, enum key key, bool fallback, bool *flag);
+int parse_cow_on_read(const struct args *args, bool *on, const char **path);
+int parse_on_base_error(const struct args *args, bool *queue);
+int parse_bytes(const struct args *args, enum key key, uint64_t *bytes);
+char *device_path(unsigned int maj, unsigned int min);
+int report(const struct args *args);
+const char *key_name(enum key key);
+
+/* cmds.c, change.c, prefetch.c: the commands */
 
 int cmd_create(const struct args *args);
 int cmd_remove(const struct args *args);
@@ -190,7 +312,13 @@ int cmd_list(const struct args *args);
 int cmd_status(const struct args *args);
 int cmd_reset(const struct args *args);
 int cmd_set(const struct args *args);
+int cmd_rebase(const struct args *args);
+int cmd_prefetch(const struct args *args);
 int cmd_export(const struct args *args);
 int cmd_unexport(const struct args *args);
+
+/* serve.c */
+
+int cmd_serve(const struct args *args);
 
 #endif

@@ -9,12 +9,17 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <libdevmapper.h>
+#include <linux/dm-ioctl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -22,6 +27,16 @@
 #define TARGET		"nbdcow"
 #define MODULE		"dm-nbdcow"
 #define UUID_PREFIX	"NBDCOW-"
+#define SERVER_PREFIX	UUID_PREFIX "SERVER-"
+#define UUID_BYTES	129
+
+/*
+ * What udev shall not do with the devices of a server: look for volumes, RAID
+ * members and the like in what its clients have written, or even start them.
+ * Nodes are not made by libdevmapper either, so that none can be left over.
+ */
+#define SERVER_UDEV	(DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG | DM_UDEV_DISABLE_DISK_RULES_FLAG | \
+			 DM_UDEV_DISABLE_OTHER_RULES_FLAG | DM_UDEV_DISABLE_LIBRARY_FALLBACK)
 
 /* libdevmapper's own messages do not know what the user asked for. */
 static void __attribute__((format(printf, 5, 6)))
@@ -141,6 +156,9 @@ static int read_table(struct cow *cow)
 
 	if (!err && strcmp(target, TARGET))
 		cow->state = COW_FOREIGN;
+	else if (!err && snprintf(cow->params, sizeof(cow->params), "%s", params) >=
+		 (int)sizeof(cow->params))
+		err = -ENAMETOOLONG;
 	else if (!err)
 		err = parse_table(params, &cow->table);
 	if (task)
@@ -185,11 +203,12 @@ static int find(struct dm_task *task, struct cow *cow)
 	snprintf(cow->path, sizeof(cow->path), "%s/%s", dm_dir(), cow->mangled);
 	free(mangled);
 	free(plain);
+	snprintf(cow->uuid, sizeof(cow->uuid), "%s", dm_task_get_uuid(task));
 	cow->major = info.major;
 	cow->minor = info.minor;
 	cow->open_count = info.open_count;
 	if (!info.live_table) {
-		bool ours = !strncmp(dm_task_get_uuid(task), UUID_PREFIX, strlen(UUID_PREFIX));
+		bool ours = !strncmp(cow->uuid, UUID_PREFIX, strlen(UUID_PREFIX));
 
 		cow->state = ours ? COW_HALF_MADE : COW_FOREIGN;
 		return 0;
@@ -282,33 +301,42 @@ static const char *reason(int kmsg, int err, char *text, size_t size)
 	return strerror(-err);
 }
 
-static int set_uuid(struct dm_task *task)
+/* A UUID that begins with @prefix. */
+static int make_uuid(const char *prefix, char uuid[UUID_BYTES])
 {
-	unsigned char random[16];
-	char uuid[sizeof(UUID_PREFIX) + 2 * sizeof(random)] = UUID_PREFIX;
+	uint64_t random[2];
 
 	if (getrandom(random, sizeof(random), 0) != sizeof(random))
-		return 0;
-	for (size_t i = 0; i < sizeof(random); i++)
-		sprintf(uuid + strlen(UUID_PREFIX) + 2 * i, "%02x", random[i]);
-	return dm_task_set_uuid(task, uuid);
+		return -EIO;
+	snprintf(uuid, UUID_BYTES, "%s%016" PRIx64 "%016" PRIx64, prefix, random[0], random[1]);
+	return 0;
 }
 
-/* Makes the device, its table and its node; on failure nothing is left. */
-int dm_create(const struct args *args, uint64_t sectors, const char *params)
+/* Return: the kernel's log, to be read from here on, or -1. */
+static int open_log(void)
 {
-	struct dm_task *task = task_new(DM_DEVICE_CREATE, args->mangled);
 	int kmsg = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-	uint32_t cookie = 0;
-	char text[8192];
-	int err;
 
 	if (kmsg >= 0)
 		lseek(kmsg, 0, SEEK_END);
-	if (!task || !set_uuid(task) || !dm_task_add_target(task, 0, sectors, TARGET, params) ||
-	    !dm_task_set_cookie(task, &cookie, 0)) {
+	return kmsg;
+}
+
+/* Makes a device and its table; on failure nothing is left. */
+static int create(const char *mangled, const char *name, const char *prefix, uint16_t udev_flags,
+		  uint64_t sectors, const char *params)
+{
+	struct dm_task *task = task_new(DM_DEVICE_CREATE, mangled);
+	char uuid[UUID_BYTES], text[8192];
+	int kmsg = open_log();
+	uint32_t cookie = 0;
+	int err = make_uuid(prefix, uuid);
+
+	if (!err && (!task || !dm_task_set_uuid(task, uuid) ||
+		     !dm_task_add_target(task, 0, sectors, TARGET, params) ||
+		     !dm_task_set_cookie(task, &cookie, udev_flags)))
 		err = -ENOMEM;
-	} else {
+	if (!err) {
 		err = task_run(task);
 		dm_udev_wait(cookie);
 	}
@@ -316,11 +344,17 @@ int dm_create(const struct args *args, uint64_t sectors, const char *params)
 		dm_task_destroy(task);
 	if (err)
 		/* -EINVAL is for what the user typed wrong; this is not known to be. */
-		err = fail(err == -EINVAL ? -EIO : err, "cannot create %s: %s", args->name,
+		err = fail(err == -EINVAL ? -EIO : err, "cannot create %s: %s", name,
 			   reason(kmsg, err, text, sizeof(text)));
 	if (kmsg >= 0)
 		close(kmsg);
 	return err;
+}
+
+/* Makes the device, its table and its node; on failure nothing is left. */
+int dm_create(const struct args *args, uint64_t sectors, const char *params)
+{
+	return create(args->mangled, args->name, UUID_PREFIX, 0, sectors, params);
 }
 
 int dm_remove(const struct args *args)
@@ -353,5 +387,314 @@ int dm_message(const struct args *args, const char *message)
 	if (err)
 		err = fail(err == -EINVAL ? -EIO : err, "the kernel refuses \"%s\" for %s: %s",
 			   message, args->name, strerror(-err));
+	return err;
+}
+
+/* The signal ends a system call, and is held back from then on, as it was before. */
+static void interrupt_once(int signal, siginfo_t *info, void *context)
+{
+	ucontext_t *interrupted_at = context;
+
+	(void)info;
+	sigaddset(&interrupted_at->uc_sigmask, signal);
+	raise(signal);
+}
+
+/*
+ * Runs @task, which may have to wait for a base that does not answer. Signals that
+ * ask us to stop end the wait, and stay pending.
+ */
+static int run_interruptible(struct dm_task *task)
+{
+	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
+	struct sigaction before[3], action = {
+		.sa_sigaction = interrupt_once, .sa_flags = SA_SIGINFO,
+	};
+	sigset_t set, mask;
+	int err = -EINTR;
+
+	for (int i = 0; i < 3; i++)
+		sigaction(signals[i], &action, &before[i]);
+	stop_signals(&set);
+	sigprocmask(SIG_UNBLOCK, &set, &mask);
+	if (!interrupted())
+		err = task_run(task);
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+	for (int i = 0; i < 3; i++)
+		sigaction(signals[i], &before[i], NULL);
+	return err;
+}
+
+/*
+ * Neither requests nor file systems are flushed: those that wait for the base
+ * must go on with the new table instead of failing now.
+ */
+static int resume(const char *mangled)
+{
+	struct dm_task *task = task_new(DM_DEVICE_RESUME, mangled);
+	uint32_t cookie = 0;
+	int err = -ENOMEM;
+
+	if (task && dm_task_no_flush(task) && dm_task_skip_lockfs(task) &&
+	    dm_task_set_cookie(task, &cookie, 0)) {
+		err = run_interruptible(task);
+		dm_udev_wait(cookie);
+	}
+	if (task)
+		dm_task_destroy(task);
+	return err;
+}
+
+/* Drops a table that was loaded and never used. */
+void dm_clear(const char *mangled)
+{
+	struct dm_task *task = task_new(DM_DEVICE_CLEAR, mangled);
+
+	task_run(task);
+	if (task)
+		dm_task_destroy(task);
+}
+
+/* Gives a live device another table; on failure it keeps the one it has. */
+int dm_reload(const struct cow *cow, uint64_t sectors, const char *params)
+{
+	struct dm_task *task = task_new(DM_DEVICE_RELOAD, cow->mangled);
+	int kmsg = open_log(), err = -ENOMEM;
+	char text[8192];
+
+	if (task && dm_task_add_target(task, 0, sectors, TARGET, params))
+		err = task_run(task);
+	if (task)
+		dm_task_destroy(task);
+	if (!err) {
+		err = resume(cow->mangled);
+		if (err) {
+			dm_clear(cow->mangled);
+			resume(cow->mangled);
+		}
+	}
+	if (err && err != -EINTR)
+		err = fail(err == -EINVAL ? -EIO : err, "cannot change %s: %s", cow->name,
+			   reason(kmsg, err, text, sizeof(text)));
+	if (kmsg >= 0)
+		close(kmsg);
+	return err;
+}
+
+static struct dm_task *task_for_uuid(int type, const char *uuid)
+{
+	struct dm_task *task = task_new(type, NULL);
+
+	if (task && !dm_task_set_uuid(task, uuid)) {
+		dm_task_destroy(task);
+		task = NULL;
+	}
+	return task;
+}
+
+/* A message, in silence, to no other device than this one, whatever its name. */
+int dm_send(const char *uuid, const char *message)
+{
+	struct dm_task *task = task_for_uuid(DM_DEVICE_TARGET_MSG, uuid);
+	int err = -ENOMEM;
+
+	if (task && dm_task_set_sector(task, 0) && dm_task_set_message(task, message))
+		err = task_run(task);
+	if (task)
+		dm_task_destroy(task);
+	return err;
+}
+
+bool dm_exists(const char *uuid)
+{
+	struct dm_task *task = task_for_uuid(DM_DEVICE_INFO, uuid);
+	struct dm_info info = { 0 };
+	int err = task_run(task);
+
+	/* What cannot be asked may still be there. */
+	if (!err && dm_task_get_info(task, &info) && !info.exists)
+		err = -ENXIO;
+	if (task)
+		dm_task_destroy(task);
+	return err != -ENXIO;
+}
+
+/* Return: a descriptor that polls readable after the next event of any device. */
+int dm_events(void)
+{
+	int fd = open("/dev/mapper/control", O_RDWR | O_CLOEXEC);
+
+	return fd < 0 ? -errno : fd;
+}
+
+/* Only what happens from here on counts as the next event. */
+int dm_arm_events(int fd)
+{
+	struct dm_ioctl ioctl_data = {
+		.version = { DM_VERSION_MAJOR, 0, 0 },
+		.data_size = sizeof(ioctl_data),
+		.data_start = sizeof(ioctl_data),
+	};
+
+	return ioctl(fd, DM_DEV_ARM_POLL, &ioctl_data) ? -errno : 0;
+}
+
+/* Before all descriptors are closed: libdevmapper may hold one. */
+void dm_close(void)
+{
+	dm_lib_release();
+}
+
+/*
+ * The devices of a server
+ *
+ * A server makes overlays for its clients. It keeps each of them open and has
+ * the kernel remove it with the last close, so that they go away with the server
+ * however that ends. Only one that is killed between the two steps leaves a
+ * device behind. Their UUIDs name the server, as <pid namespace>-<pid>-<start>,
+ * so that whoever sweeps can tell what is left over from what is just being made.
+ */
+
+/* The server that process @pid is or was. Return: -errno when there is no such process. */
+static int server_id(pid_t pid, char id[64])
+{
+	char *path = xasprintf("/proc/%ld/stat", (long)pid), text[1024], *field;
+	int err = read_line(path, text, sizeof(text));
+	struct stat st = { 0 };
+
+	free(path);
+	if (err)
+		return err;
+	/* A kernel without namespaces has no such file. */
+	stat("/proc/self/ns/pid", &st);
+	/* The second field is the name, in which there may be anything. */
+	field = strrchr(text, ')');
+	for (int i = 3; field && i <= 22; i++)
+		field = strchr(field + 1, ' ');
+	if (!field)
+		return -EIO;
+	snprintf(id, 64, "%lu-%ld-%.*s", (unsigned long)st.st_ino, (long)pid,
+		 (int)strspn(field + 1, "0123456789"), field + 1);
+	return 0;
+}
+
+static int find_server(const char *mangled, dev_t *dev)
+{
+	struct dm_task *task = task_new(DM_DEVICE_INFO, mangled);
+	struct dm_info info;
+	int err = task_run(task);
+
+	if (!err && (!dm_task_get_info(task, &info) || !info.exists))
+		err = -ENODEV;
+	if (!err)
+		*dev = makedev(info.major, info.minor);
+	if (task)
+		dm_task_destroy(task);
+	return err;
+}
+
+/* Makes a device of this process, which the caller opens and passes to dm_server_remove(). */
+int dm_server_create(const char *mangled, uint64_t sectors, const char *params, dev_t *dev)
+{
+	char id[64], *prefix;
+	int err = server_id(getpid(), id);
+
+	if (err)
+		return fail(err, "cannot create %s: /proc is not mounted", mangled);
+	prefix = xasprintf(SERVER_PREFIX "%s-", id);
+	err = create(mangled, mangled, prefix, SERVER_UDEV, sectors, params);
+	free(prefix);
+	if (err)
+		return err;
+	err = find_server(mangled, dev);
+	if (err) {
+		dm_server_remove(mangled, false);
+		return fail(err, "cannot find %s: %s", mangled, strerror(-err));
+	}
+	return 0;
+}
+
+/*
+ * Removes a device of a server, in silence: at once, or when it is closed.
+ * Return: -EBUSY when it shall be removed at once but is open.
+ */
+int dm_server_remove(const char *mangled, bool when_closed)
+{
+	struct dm_task *task = task_new(DM_DEVICE_REMOVE, mangled);
+	uint32_t cookie = 0;
+	int err = -ENOMEM;
+
+	if (task && (!when_closed || dm_task_deferred_remove(task)) &&
+	    dm_task_set_cookie(task, &cookie, SERVER_UDEV)) {
+		err = task_run(task);
+		dm_udev_wait(cookie);
+	}
+	if (task)
+		dm_task_destroy(task);
+	return err == -ENXIO ? 0 : err;
+}
+
+/* Removes the device if it is left over from a server that is gone. */
+static void sweep_one(const char *mangled)
+{
+	struct dm_task *task = task_new(DM_DEVICE_INFO, mangled);
+	char id[64], now[64], self[64];
+	struct dm_info info;
+	bool left = false;
+	const char *uuid;
+	long pid;
+
+	if (!task_run(task) && dm_task_get_info(task, &info) && info.exists && !info.open_count) {
+		uuid = dm_task_get_uuid(task);
+		if (!strncmp(uuid, SERVER_PREFIX, strlen(SERVER_PREFIX)) &&
+		    sscanf(uuid + strlen(SERVER_PREFIX), "%*[0-9]-%ld", &pid) == 1 && pid > 0) {
+			snprintf(id, sizeof(id), "%s", uuid + strlen(SERVER_PREFIX));
+			if (strrchr(id, '-'))
+				*strrchr(id, '-') = '\0';
+			/* Processes of another namespace cannot be looked for. */
+			left = !server_id(getpid(), self) &&
+			       strcspn(self, "-") == strcspn(id, "-") &&
+			       !strncmp(self, id, strcspn(id, "-")) &&
+			       (server_id(pid, now) || strcmp(now, id));
+		}
+	}
+	if (task)
+		dm_task_destroy(task);
+	if (left)
+		dm_server_remove(mangled, false);
+}
+
+/* Removes what servers that were killed have left over. */
+void dm_server_sweep(void)
+{
+	struct dm_task *task = task_new(DM_DEVICE_LIST, NULL);
+	struct dm_names *names = task_run(task) ? NULL : dm_task_get_names(task);
+
+	while (names && names->dev) {
+		sweep_one(names->name);
+		names = names->next ? (void *)((char *)names + names->next) : NULL;
+	}
+	if (task)
+		dm_task_destroy(task);
+}
+
+/* A message in silence to the device of this number, and its answer (to be freed). */
+int dm_ask(dev_t dev, const char *message, char **answer)
+{
+	struct dm_task *task = task_new(DM_DEVICE_TARGET_MSG, NULL);
+	const char *text;
+	int err = -ENOMEM;
+
+	if (task && dm_task_set_major(task, major(dev)) && dm_task_set_minor(task, minor(dev)) &&
+	    dm_task_set_sector(task, 0) && dm_task_set_message(task, message))
+		err = task_run(task);
+	if (!err && answer) {
+		text = dm_task_get_message_response(task);
+		*answer = text ? strdup(text) : NULL;
+		if (!*answer)
+			err = -ENODATA;
+	}
+	if (task)
+		dm_task_destroy(task);
 	return err;
 }

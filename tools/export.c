@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Exports: nbdkit or nbd-server serving a mapped device in the background.
+ * Exports: nbdkit or nbd-server serving a mapped device in the background. nbdkit
+ * does so with our plugin, or where that is not installed with its file plugin.
  *
  * A server of ours is found by its command line, which names the file
  * <name>.pid in our run directory; so it is found however cowctl ended. The
@@ -29,9 +30,9 @@
 #define STOP_MS		5000
 #define PROBE_MS	20
 
-static char *run_path(const char *mangled, const char *suffix)
+char *run_path(const char *slot, const char *suffix)
 {
-	return xasprintf(RUN_DIR "/%s.%s", mangled, suffix);
+	return xasprintf(RUN_DIR "/%s.%s", slot, suffix);
 }
 
 static void remove_file(const char *mangled, const char *suffix)
@@ -130,7 +131,7 @@ static void wait_for_end(int fd, int64_t deadline)
 }
 
 /* Stops the server and removes its files; tolerates that any of it is missing. */
-static void clear_away(const char *mangled)
+void clear_away(const char *mangled)
 {
 	int fds[256], n = find_server(mangled, fds, 256);
 	int64_t deadline = now_ms() + STOP_MS;
@@ -159,14 +160,6 @@ static void clear_away(const char *mangled)
 	/* Last, so that whoever is killed before can be asked to do it again. */
 	remove_file(mangled, "export");
 }
-
-/* Where to listen: a Unix socket, or a TCP port of one address. */
-struct listen {
-	char socket[sizeof(((struct sockaddr_un *)NULL)->sun_path)];
-	const char *address;
-	const char *port;
-	char uri[PATH_MAX];
-};
 
 /* Connects to the server, or binds where it shall listen. Return: 0, -errno. */
 static int try_socket(const struct listen *listen,
@@ -197,7 +190,7 @@ static int try_socket(const struct listen *listen,
 }
 
 /* Refuses what is taken, before a server that says little about it does. */
-static int check_address(const struct listen *listen, const char *name)
+int listen_check(const struct listen *listen, const char *name)
 {
 	struct stat st;
 	int err;
@@ -226,7 +219,7 @@ static int check_address(const struct listen *listen, const char *name)
 	return 0;
 }
 
-static int parse_listen(const struct cow *cow, const struct args *args, struct listen *listen)
+int listen_parse(const struct args *args, struct listen *listen)
 {
 	const char *path = args->value[KEY_SOCKET];
 	char *full = NULL, quoted[3 * sizeof(listen->socket)];
@@ -248,7 +241,7 @@ static int parse_listen(const struct cow *cow, const struct args *args, struct l
 		return 0;
 	}
 	if (!path)
-		full = run_path(cow->mangled, "sock");
+		full = run_path(args->mangled, "sock");
 	else if (path[0] == '/')
 		full = xasprintf("%s", path);
 	else
@@ -292,17 +285,46 @@ static int write_conf(const char *path, const struct listen *listen)
 	return err;
 }
 
-static int spawn(const char *server, const struct cow *cow, const struct listen *listen)
+/*
+ * The plugin: beside cowctl, as in its build tree, or where nbdkit has its own.
+ * Return: its path (to be freed), or NULL when it is not installed.
+ */
+char *find_plugin(void)
+{
+	static const char file[] = "nbdkit-nbdcow-plugin.so";
+	char *self = realpath("/proc/self/exe", NULL), *path = NULL;
+
+	if (self && strrchr(self, '/')) {
+		*strrchr(self, '/') = '\0';
+		path = xasprintf("%s/%s", self, file);
+	}
+	free(self);
+#ifdef PLUGIN_DIR
+	if (!path || access(path, R_OK)) {
+		free(path);
+		path = xasprintf("%s/%s", PLUGIN_DIR, file);
+	}
+#endif
+	if (path && access(path, R_OK)) {
+		free(path);
+		path = NULL;
+	}
+	return path;
+}
+
+static int spawn(const char *server, const char *plugin, const struct cow *cow,
+		 const struct listen *listen)
 {
 	char *pid_file = run_path(cow->mangled, "pid");
 	char *conf = run_path(cow->mangled, "conf");
-	char *file = xasprintf("file=%s", cow->path);
+	char *file = plugin ? xasprintf("name=%s", cow->name) : xasprintf("file=%s", cow->path);
+	const char *module = plugin ?: "file";
 	const char *unix_argv[] = {
-		"nbdkit", "--pidfile", pid_file, "--unix", listen->socket, "file", file, NULL,
+		"nbdkit", "--pidfile", pid_file, "--unix", listen->socket, module, file, NULL,
 	};
 	const char *tcp_argv[] = {
 		"nbdkit", "--pidfile", pid_file, "--ipaddr", listen->address, "--port",
-		listen->port, "file", file, NULL,
+		listen->port, module, file, NULL,
 	};
 	char *place = listen->socket[0] ? xasprintf("10809") :
 		      xasprintf("%s@%s", listen->address, listen->port);
@@ -313,10 +335,10 @@ static int spawn(const char *server, const struct cow *cow, const struct listen 
 	const char *server_argv[] = {
 		"nbd-server", "-C", conf, "-p", pid_file, place, cow->path, NULL,
 	};
-	bool nbdkit = !strcmp(server, "nbdkit");
+	bool nbdkit = strcmp(server, "nbd-server");
 	struct run run_server = {
 		.argv = !nbdkit ? server_argv : listen->socket[0] ? unix_argv : tcp_argv,
-		.package = server, .timeout_ms = START_MS, .keep_fd = -1,
+		.package = nbdkit ? "nbdkit" : server, .timeout_ms = START_MS, .keep_fd = -1,
 	};
 	int err = 0;
 
@@ -359,9 +381,9 @@ static int wait_for_answer(const char *server, const struct cow *cow,
 	return 0;
 }
 
-static int write_run_file(const char *mangled, const char *suffix, const char *text)
+int write_run_file(const char *slot, const char *suffix, const char *text)
 {
-	char *path = run_path(mangled, suffix);
+	char *path = run_path(slot, suffix);
 	int err = write_file(path, text);
 
 	if (err)
@@ -370,27 +392,43 @@ static int write_run_file(const char *mangled, const char *suffix, const char *t
 	return err;
 }
 
-int export_start(const struct cow *cow, const struct args *args)
+/* What serves it: what is asked for, or else our plugin, or without it nbdkit's. */
+static int choose_server(const struct args *args, const char **server, char **plugin)
 {
-	const char *server = args->value[KEY_SERVER] ?: "nbdkit";
+	*server = args->value[KEY_SERVER];
+	*plugin = NULL;
+	if (!*server || !strcmp(*server, "nbdcow")) {
+		*plugin = find_plugin();
+		if (*server && !*plugin)
+			return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
+				    "it comes with cowctl");
+		*server = *plugin ? "nbdcow" : "nbdkit";
+	}
+	if (!*plugin && strcmp(*server, "nbdkit") && strcmp(*server, "nbd-server"))
+		return fail(-EINVAL, "server=%s is neither nbdcow, nbdkit nor nbd-server",
+			    *server);
+	return 0;
+}
+
+static int start(const struct cow *cow, const struct args *args, const char *server,
+		 const char *plugin)
+{
 	struct export export;
 	struct listen listen;
 	char *record;
 	int err;
 
-	if (strcmp(server, "nbdkit") && strcmp(server, "nbd-server"))
-		return fail(-EINVAL, "server=%s is neither nbdkit nor nbd-server", server);
 	if (!export_find(cow->mangled, &export))
 		return fail(-EEXIST, "%s is already exported at %s", cow->name, export.uri);
 	clear_away(cow->mangled);
-	err = parse_listen(cow, args, &listen);
+	err = listen_parse(args, &listen);
 	if (!err)
-		err = check_address(&listen, cow->name);
+		err = listen_check(&listen, cow->name);
 	if (!err && listen.socket[0])
 		err = write_run_file(cow->mangled, "socket", listen.socket);
 	if (err)
 		return err;
-	err = spawn(server, cow, &listen);
+	err = spawn(server, plugin, cow, &listen);
 	if (!err)
 		err = wait_for_answer(server, cow, &listen);
 	if (!err) {
@@ -401,6 +439,18 @@ int export_start(const struct cow *cow, const struct args *args)
 	if (err || interrupted())
 		clear_away(cow->mangled);
 	return err ? err : interrupted() ? -EINTR : 0;
+}
+
+int export_start(const struct cow *cow, const struct args *args)
+{
+	const char *server;
+	char *plugin;
+	int err = choose_server(args, &server, &plugin);
+
+	if (!err)
+		err = start(cow, args, server, plugin);
+	free(plugin);
+	return err;
 }
 
 int export_stop(const char *mangled, const char *name)

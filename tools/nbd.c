@@ -210,3 +210,25 @@ int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PAT
 	free(path);
 	return err ? err : fd;
 }
+
+/* What was connected under one name belongs to another from here on. */
+int nbd_rename(const char *from, const char *to)
+{
+	char *old = record_path(from), *new = record_path(to);
+	int err = rename(old, new) && errno != ENOENT ? -errno : 0;
+
+	if (err)
+		fail(err, "cannot rename %s to %s: %s", old, new, strerror(-err));
+	free(old);
+	free(new);
+	return err;
+}
+
+/*
+ * The name that a second connection for a device has until it takes the place of
+ * the first one. No device has it, for a ~ is always mangled.
+ */
+void nbd_next_slot(const char *mangled, char slot[SLOT_BYTES])
+{
+	snprintf(slot, SLOT_BYTES, "%s~", mangled);
+}

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/magic.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -17,6 +18,7 @@
 #include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/statfs.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -144,6 +146,26 @@ int parse_limit(const char *text, uint64_t ram_bytes, uint64_t *blocks)
 	}
 	*blocks = value / BLOCK_BYTES;
 	return *blocks ? 0 : -ERANGE;
+}
+
+/* <size>-<size>, either of which may be missing; in bytes. Return: -EINVAL, -ERANGE. */
+int parse_range(const char *text, uint64_t *start, uint64_t *end)
+{
+	const char *dash = strchr(text, '-');
+	char first[32];
+	int err = 0;
+
+	*start = 0;
+	*end = UINT64_MAX;
+	if (!dash || (size_t)(dash - text) >= sizeof(first))
+		return -EINVAL;
+	memcpy(first, text, dash - text);
+	first[dash - text] = '\0';
+	if (*first)
+		err = parse_size(first, start);
+	if (!err && dash[1])
+		err = parse_size(dash + 1, end);
+	return err ? err : *start < *end ? 0 : -ERANGE;
 }
 
 /* Return: the port, or -EINVAL. */
@@ -330,12 +352,24 @@ int parse_table(const char *params, struct cow_table *table)
 
 	memset(table, 0, sizeof(*table));
 	table->limit_blocks = NO_LIMIT;
+	table->cache_limit_blocks = NO_LIMIT;
 	if (next_word(&params, word, sizeof(word)) <= 0 ||
 	    sscanf(word, "%9u:%9u%n", &table->major, &table->minor, &used) != 2 || word[used])
 		return -EINVAL;
 	while ((err = next_word(&params, word, sizeof(word))) > 0) {
 		if (!strcmp(word, "limit")) {
 			err = next_number(&params, &table->limit_blocks);
+		} else if (!strcmp(word, "cache_limit")) {
+			err = next_number(&params, &table->cache_limit_blocks);
+		} else if (!strcmp(word, "cow_on_read")) {
+			table->cow_on_read = true;
+			err = 0;
+		} else if (!strcmp(word, "cow_on_cache")) {
+			table->cow_on_cache = true;
+			err = 0;
+		} else if (!strcmp(word, "queue_errors")) {
+			table->queue_errors = true;
+			err = 0;
 		} else if (!strcmp(word, "tmpfs")) {
 			err = next_word(&params, word, sizeof(word)) > 0 ? 0 : -EINVAL;
 			if (!err)
@@ -350,29 +384,65 @@ int parse_table(const char *params, struct cow_table *table)
 	return err;
 }
 
-/* <health> <used>/<limit> <peak> <zeroed> <metadata> <refused> <base errors> … */
-int parse_status(const char *params, struct cow_status *status)
+/* <number>/<number>, the second of which may be -: no limit. */
+static int next_part(const char **line, uint64_t *used, uint64_t *limit)
 {
-	uint64_t *const rest[] = {
-		&status->peak_blocks, &status->zeroed_blocks, &status->metadata_bytes,
-		&status->writes_refused, &status->base_errors,
-	};
 	char word[48];
 	const char *s = word;
 
+	if (next_word(line, word, sizeof(word)) <= 0 || parse_digits(&s, used) || *s++ != '/')
+		return -EINVAL;
+	*limit = NO_LIMIT;
+	return strcmp(s, "-") && (parse_digits(&s, limit) || *s) ? -EINVAL : 0;
+}
+
+/* - or <state>:<done>/<total> */
+static int next_prefetch(const char **line, struct cow_status *status)
+{
+	char word[64];
+	const char *s;
+	int used = 0;
+
+	if (next_word(line, word, sizeof(word)) <= 0)
+		return -EINVAL;
+	if (!strcmp(word, "-"))
+		return 0;
+	if (sscanf(word, "%15[a-z]:%n", status->prefetch, &used) != 1 || !used)
+		return -EINVAL;
+	s = word + used;
+	if (parse_digits(&s, &status->prefetch_done) || *s++ != '/' ||
+	    parse_digits(&s, &status->prefetch_total) || *s)
+		return -EINVAL;
+	return 0;
+}
+
+/*
+ * <health> <used>/<limit> <peak> <zeroed> <metadata> <refused> <base errors>
+ * <cached>/<cache limit> <hits> <misses> <evicted> <overlay> <base> <prefetch>
+ * <queued> ...
+ */
+int parse_status(const char *params, struct cow_status *status)
+{
+	uint64_t *const numbers[] = {
+		&status->peak_blocks, &status->zeroed_blocks, &status->metadata_bytes,
+		&status->writes_refused, &status->base_errors,
+		NULL,
+		&status->hit_sectors, &status->missed_sectors, &status->evicted_blocks,
+		&status->overlay_sectors, &status->base_sectors,
+	};
+
 	memset(status, 0, sizeof(*status));
 	if (next_word(&params, status->health, sizeof(status->health)) <= 0 ||
-	    next_word(&params, word, sizeof(word)) <= 0 ||
-	    parse_digits(&s, &status->used_blocks) || *s++ != '/')
+	    next_part(&params, &status->used_blocks, &status->limit_blocks))
 		return -EINVAL;
-	if (!strcmp(s, "-"))
-		status->limit_blocks = NO_LIMIT;
-	else if (parse_digits(&s, &status->limit_blocks) || *s)
-		return -EINVAL;
-	for (size_t i = 0; i < sizeof(rest) / sizeof(rest[0]); i++)
-		if (next_number(&params, rest[i]))
+	for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
+		if (numbers[i] ? next_number(&params, numbers[i]) :
+		    next_part(&params, &status->cached_blocks, &status->cache_limit_blocks))
 			return -EINVAL;
-	return 0;
+	}
+	if (next_prefetch(&params, status))
+		return -EINVAL;
+	return next_number(&params, &status->queued);
 }
 
 const char *human_size(uint64_t bytes, char buf[16])
@@ -435,6 +505,12 @@ const char *nearest(const char *word, const char *const *words)
 	return found;
 }
 
+/* The nbdkit plugin has its own. */
+void __attribute__((weak)) put_message(const char *text)
+{
+	fprintf(stderr, "cowctl: %s\n", text);
+}
+
 static void message(const char *fmt, va_list ap)
 {
 	char text[8192];
@@ -444,7 +520,7 @@ static void message(const char *fmt, va_list ap)
 	for (char *s = text; *s; s++)
 		if (iscntrl((unsigned char)*s))
 			*s = '?';
-	fprintf(stderr, "cowctl: %s\n", text);
+	put_message(text);
 }
 
 /* Prints the one message of a failure. Return: @err. */
@@ -485,6 +561,8 @@ int exit_code(int err)
 		return EXIT_NOT_PERMITTED;
 	case ENOPKG:
 		return EXIT_MISSING;
+	case EDQUOT:
+		return EXIT_CACHE_FULL;
 	default:
 		return EXIT_FAILURE;
 	}
@@ -544,7 +622,29 @@ int write_file(const char *path, const char *text)
 	return err;
 }
 
-static void stop_signals(sigset_t *set)
+/* The signals that ask us to stop. */
+/* TMPDIR where it names a tmpfs, as a word of the table; otherwise NULL. */
+char *tmpfs_from_environment(void)
+{
+	const char *dir = getenv("TMPDIR");
+	char *full, word[3 * PATH_MAX];
+	struct statfs fs;
+
+	if (!dir || !*dir)
+		return NULL;
+	full = realpath(dir, NULL);
+	if (!full || statfs(full, &fs) || fs.f_type != TMPFS_MAGIC ||
+	    percent_encode(full, word, sizeof(word))) {
+		warn("TMPDIR=%s is not on a tmpfs; what is written stays in memory, but not there",
+		     dir);
+		free(full);
+		return NULL;
+	}
+	free(full);
+	return xasprintf("%s", word);
+}
+
+void stop_signals(sigset_t *set)
 {
 	sigemptyset(set);
 	sigaddset(set, SIGINT);

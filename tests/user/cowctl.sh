@@ -8,6 +8,7 @@
 . "$(dirname "$0")/tap.sh"
 
 CC=${CC:-gcc}
+shopt -s extglob
 read -ra libraries < <(pkg-config --cflags --libs devmapper json-c)
 # shellcheck disable=SC2054 # the comma is the compiler's
 flags=(-std=gnu11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wshadow -Werror
@@ -26,7 +27,7 @@ check()
 
 build()
 {
-	"$CC" "${flags[@]}" -o "$out/cowctl" tools/*.c "${libraries[@]}" &&
+	"$CC" "${flags[@]}" -o "$out/cowctl" tools/!(nbdkit-*).c "${libraries[@]}" &&
 		"$CC" "${flags[@]}" -o "$out/parsers_test" tests/user/parsers_test.c tools/util.c
 }
 
@@ -58,7 +59,7 @@ options()
 # key=... at the beginning of a line of help
 keys_of_help()
 {
-	"$out/cowctl" help "$1" | sed -n 's/^  \([a-z]\+\)=.*/\1/p'
+	"$out/cowctl" help "$1" | sed -n 's/^  \([a-z-]\+\)=.*/\1/p'
 }
 
 # the part of the manual page about a command
@@ -73,7 +74,7 @@ man_section()
 
 keys_of_man()
 {
-	man_section "$1" | sed -n 's/^\*\*\([a-z]\+\)=.*/\1/p'
+	man_section "$1" | sed -n 's/^\*\*\([a-z-]\+\)=.*/\1/p'
 }
 
 same()
@@ -165,6 +166,8 @@ wrong_arguments()
 	wants 2 'does not know colour=' create colour=x &&
 	wants 2 'does not know base=' remove base=x &&
 	wants 2 'base= has no value' create base= &&
+	wants 2 'prefetch does not know stop=' prefetch stop=true &&
+	wants 2 'one argument too many: c' prefetch a stop c &&
 	wants 2 'base= is given twice' create base=a base=b &&
 	wants 2 'the name "" is empty' remove '' &&
 	wants 2 'contains a slash' remove a/b &&
@@ -194,7 +197,7 @@ no_root()
 	local command
 
 	chmod 755 "$out" "$out/cowctl"
-	for command in create remove list status reset set export unexport; do
+	for command in create remove list status reset set prefetch rebase export unexport serve; do
 		setpriv --reuid=65534 --regid=65534 --clear-groups \
 			"$out/cowctl" "$command" 2>"$out/stderr"
 		if [ $? != 5 ] || ! grep -q 'must be root' "$out/stderr"; then

@@ -320,7 +320,7 @@ static void test_tables(void)
 	static const char *const bad[] = {
 		"", "43", "43:", "43:0x", ":0", "/dev/nbd0 0", "43:0 2 limit", "43:0 2 limit x",
 		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs %", "43:0 2 tmpfs /%0g",
-		"43:0 2 tmpfs /%00",
+		"43:0 2 tmpfs /%00", "43:0 2 cache_limit", "43:0 2 cache_limit x",
 	};
 	struct cow_table table;
 
@@ -330,6 +330,11 @@ static void test_tables(void)
 	EXPECT(!parse_table("259:1048575 4 limit 1048576 tmpfs /a%20b", &table), "all features");
 	EXPECT(table.major == 259 && table.minor == 1048575, "all features");
 	EXPECT(table.limit_blocks == 1048576 && !strcmp(table.tmpfs, "/a b"), "all features");
+	EXPECT(table.cache_limit_blocks == NO_LIMIT && !table.cow_on_read, "all features");
+	EXPECT(!parse_table("43:0 5 cow_on_read cow_on_cache cache_limit 9 queue_errors", &table),
+	       "features of the cache");
+	EXPECT(table.cow_on_read && table.cow_on_cache && table.queue_errors, "flags");
+	EXPECT(table.cache_limit_blocks == 9 && table.limit_blocks == NO_LIMIT, "cache_limit");
 	EXPECT(!parse_table("43:0 3 later limit 1", &table), "features of a later version");
 	EXPECT(table.limit_blocks == 1, "features of a later version");
 	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
@@ -341,25 +346,38 @@ static void test_tables(void)
 	result("table lines");
 }
 
+#define REST	" 3 4 5 6 7 8/9 10 11 12 13 14"
+
 static void test_status_lines(void)
 {
 	static const char *const bad[] = {
-		"", "ok", "ok 1", "ok 1/", "ok /1", "ok 1/2", "ok 1/2 3 4 5 6", "ok 1/x 3 4 5 6 7",
-		"ok 1/2 3 4 5 6 x", "ok 1-2 3 4 5 6 7", "Fail", "Error",
-		"a-health-word-that-is-longer-than-any 1/2 3 4 5 6 7",
-		"ok 99999999999999999999/2 3 4 5 6 7", "ok 1/2 3 4 5 6 99999999999999999999",
+		"", "ok", "ok 1", "ok 1/", "ok /1", "ok 1/2", "ok 1/2 3 4 5 6", "Fail", "Error",
+		"ok 1/2 3 4 5 6 7", "ok 1/2" REST, "ok 1/2" REST " -", "ok 1/x" REST " - 0",
+		"ok 1-2" REST " - 0", "ok 1/2" REST " - x", "ok 1/2" REST " done 0",
+		"ok 1/2" REST " :1/2 0", "ok 1/2" REST " done:1 0", "ok 1/2" REST " done:1/x 0",
+		"ok 1/2" REST " a-state-that-is-longer:1/2 0", "ok 1/2 3 4 5 6 7 8 9 10 11 12 13 - 0",
+		"a-health-word-that-is-longer-than-any 1/2" REST " - 0",
+		"ok 99999999999999999999/2" REST " - 0", "ok 1/2" REST " - 99999999999999999999",
 	};
 	struct cow_status status;
 
-	EXPECT(!parse_status("base-error 1/2 3 4 5 6 7", &status), "all fields");
+	EXPECT(!parse_status("base-error 1/2" REST " running:15/16 17", &status), "all fields");
 	EXPECT(!strcmp(status.health, "base-error"), "health");
 	EXPECT(status.used_blocks == 1 && status.limit_blocks == 2, "used/limit");
 	EXPECT(status.peak_blocks == 3 && status.zeroed_blocks == 4, "peak and zeroed");
 	EXPECT(status.metadata_bytes == 5 && status.writes_refused == 6, "metadata and refused");
 	EXPECT(status.base_errors == 7, "base errors");
-	EXPECT(!parse_status("ok 0/- 0 0 4096 0 0", &status), "no limit");
+	EXPECT(status.cached_blocks == 8 && status.cache_limit_blocks == 9, "cached/limit");
+	EXPECT(status.hit_sectors == 10 && status.missed_sectors == 11, "hits and misses");
+	EXPECT(status.evicted_blocks == 12, "evicted");
+	EXPECT(status.overlay_sectors == 13 && status.base_sectors == 14, "sectors read");
+	EXPECT(!strcmp(status.prefetch, "running"), "prefetch");
+	EXPECT(status.prefetch_done == 15 && status.prefetch_total == 16, "prefetch");
+	EXPECT(status.queued == 17, "queued");
+	EXPECT(!parse_status("ok 0/- 0 0 4096 0 0 0/- 0 0 0 0 0 - 0", &status), "no limit");
 	EXPECT(status.limit_blocks == NO_LIMIT, "no limit");
-	EXPECT(!parse_status("full 1/2 3 4 5 6 7 8 new fields", &status), "a later version");
+	EXPECT(status.cache_limit_blocks == NO_LIMIT && !status.prefetch[0], "no limit");
+	EXPECT(!parse_status("full 1/2" REST " - 15 new fields", &status), "a later version");
 	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
 		char *copy = exact(bad[i]);
 
@@ -367,6 +385,26 @@ static void test_status_lines(void)
 		free(copy);
 	}
 	result("status lines");
+}
+
+static void test_ranges(void)
+{
+	static const char *const bad[] = {
+		"", "1G", "1G+2G", "a-b", "1-2-3", "2G-1G", "5-5", "1x-", "-0", "17E-", "--",
+	};
+	uint64_t start, end;
+
+	EXPECT(!parse_range("1K-2M", &start, &end) && start == 1024 && end == 2 << 20, "both");
+	EXPECT(!parse_range("-7", &start, &end) && !start && end == 7, "no start");
+	EXPECT(!parse_range("7-", &start, &end) && start == 7 && end == UINT64_MAX, "no end");
+	EXPECT(!parse_range("-", &start, &end) && !start && end == UINT64_MAX, "neither");
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		char *copy = exact(bad[i]);
+
+		EXPECT(parse_range(copy, &start, &end) < 0, copy);
+		free(copy);
+	}
+	result("ranges");
 }
 
 static void test_words_for_people(void)
@@ -405,6 +443,7 @@ int main(void)
 	test_names();
 	test_sizes();
 	test_limits();
+	test_ranges();
 	test_ports();
 	test_uris();
 	test_quoting();

@@ -1,0 +1,415 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# If this fails, clients of "cowctl serve" see what is not theirs, lose what is, or
+# leave something behind when they or the server go.
+
+. "$(dirname "$0")/cowctl-common.sh"
+
+socket=$run_dir/test-cow.sock
+uri="nbd+unix:///?socket=$socket"
+
+# serve key=value...: in the background; its process is $server
+serve()
+{
+	local end=$((SECONDS + 60))
+
+	rm -f "$work/served" "$work/errors"
+	cowctl serve test-cow "$@" >"$work/served" 2>"$work/errors" &
+	server=$!
+	undo stop_server "$server"
+	undo rm -f "$work/served" "$work/errors"
+	until [ -s "$work/served" ]; do
+		if [ ! -d "/proc/$server" ] || [ $SECONDS -gt $end ]; then
+			cat "$work/errors"
+			fail "did not begin to serve: $*"
+		fi
+		sleep 0.05
+	done
+}
+
+stop_server()
+{
+	[ ! -d "/proc/$1" ] || kill "$1"
+	wait_until 20 test ! -d "/proc/$1"
+}
+
+# stops SIGNAL: the server, as it should
+stops()
+{
+	local rc=0
+
+	kill "-$1" "$server"
+	wait "$server" || rc=$?
+	is "the exit status after SIG$1" $rc 0
+	nothing_left
+}
+
+begin_serve()
+{
+	need nbdkit nbdsh
+	begin "$@"
+	unset server
+}
+
+# clients PYTHON: it finds connect(EXPORT), and BASE, what the base begins with
+clients()
+{
+	nbdsh -c '
+import time
+def connect(export=""):
+    h = nbd.NBD()
+    h.set_strict_mode(0)
+    h.connect_uri("nbd+unix:///" + export + "?socket='"$socket"'")
+    return h
+BASE = open("'"$base"'", "rb").read(1 << 20)' -c "$1"
+}
+
+# overlays: how many there are
+overlays()
+{
+	dmsetup ls | grep -c '^test-cow-' || :
+}
+
+overlays_are()
+{
+	[ "$(overlays)" = "$1" ]
+}
+
+private_views()
+{
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" per-client=true
+	is 'the address' "$(<"$work/served")" "$uri"
+	only_on_loopback
+	clients '
+a, b = connect(), connect()
+assert not a.can_multi_conn()
+a.pwrite(b"A" * 65536, 0)
+b.pwrite(b"B" * 4096, 4096)
+b.trim(4096, 8192)
+assert a.pread(1 << 20, 0) == b"A" * 65536 + BASE[65536:]
+assert b.pread(1 << 20, 0) == BASE[:4096] + b"B" * 4096 + bytes(4096) + BASE[12288:]
+a.shutdown()
+assert b.pread(4096, 4096) == b"B" * 4096
+assert connect().pread(1 << 20, 0) == BASE'
+	wait_until 20 overlays_are 0
+	stops TERM
+}
+
+one_view()
+{
+	begin_serve make_image 4M
+	base=$REPLY
+	serve base="$base"
+	is 'overlays' "$(overlays)" 0
+	clients '
+a, b = connect(), connect("x")
+assert a.can_multi_conn()
+a.pwrite(b"A" * 65536, 0)
+assert b.pread(65536, 0) == b"A" * 65536
+a.shutdown()
+b.shutdown()
+assert connect().pread(65536, 0) == b"A" * 65536'
+	is 'overlays' "$(overlays)" 1
+	cowctl list | grep '^test-cow-.* 64.0 KiB '
+	stops INT
+	image_is_unchanged
+}
+
+export_names()
+{
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" per-export-name=true max-clients=3
+	clients '
+a, a2, b = connect("ann"), connect("ann"), connect("b%20%C3%A4")
+assert a.can_multi_conn()
+a.pwrite(b"A" * 4096, 0)
+assert a2.pread(4096, 0) == b"A" * 4096
+assert b.pread(4096, 0) == BASE[:4096]
+b.pwrite(b"B" * 4096, 0)
+for h in a, a2, b:
+    h.shutdown()
+a, b = connect("ann"), connect("b%20%C3%A4")
+assert a.pread(4096, 0) == b"A" * 4096 and b.pread(4096, 0) == b"B" * 4096
+try:
+    connect("c%0a")
+    raise SystemExit("took a name with a newline")
+except nbd.Error as e:
+    print(e)
+assert connect().pread(4096, 0) == BASE[:4096]
+try:
+    connect("d")
+    raise SystemExit("one too many")
+except nbd.Error as e:
+    print(e)
+l = nbd.NBD()
+l.set_opt_mode(True)
+l.connect_uri("nbd+unix:///?socket='"$socket"'")
+names = []
+l.opt_list(lambda name, description: names.append(name))
+l.opt_abort()
+assert sorted(names) == ["", "ann", "b \u00e4"], names'
+	grep 'cannot be printed' "$work/errors"
+	grep 'there are 3 export names already, as many as max-clients allows' "$work/errors"
+	is 'overlays' "$(overlays)" 3
+	stops TERM
+}
+
+limits()
+{
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" per-client=true limit=64K max-clients=2
+	clients '
+a, b = connect(), connect()
+a.pwrite(b"A" * 65536, 0)
+try:
+    a.pwrite(b"A" * 4096, 65536)
+    raise SystemExit("there was room")
+except nbd.Error as e:
+    assert e.errno == "ENOSPC", e
+b.pwrite(b"B" * 65536, 65536)
+assert a.pread(4096, 0) == b"A" * 4096 and a.pread(4096, 65536) == BASE[65536:69632]
+try:
+    connect()
+    raise SystemExit("one too many")
+except nbd.Error as e:
+    print(e)
+a.shutdown()
+for i in range(200):
+    try:
+        c = connect()
+        break
+    except nbd.Error as e:
+        time.sleep(0.05)
+assert c.pread(1 << 20, 0) == BASE'
+	grep 'there are 2 clients already, as many as max-clients allows' "$work/errors"
+	stops TERM
+}
+
+# Each of many at once has its own, and all of them one base.
+many_clients()
+{
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" per-client=true cow-on-read=true
+	clients '
+hs = [connect() for i in range(64)]
+for i, h in enumerate(hs):
+    h.pwrite(bytes([i]) * 8192, 4096 * i)
+for i, h in enumerate(hs):
+    want = bytearray(BASE)
+    want[4096 * i:4096 * i + 8192] = bytes([i]) * 8192
+    assert h.pread(1 << 20, 0) == want, i
+import subprocess
+made = subprocess.run("dmsetup ls | grep -c ^test-cow-", shell=True, capture_output=True)
+assert made.stdout == b"64\n", made.stdout'
+	wait_until 60 overlays_are 0
+	stops TERM
+}
+
+# Clients come and go, some in the middle of what they do.
+coming_and_going()
+{
+	local i pids=()
+
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" per-client=true
+	for i in 1 2 3 4; do
+		clients '
+import random
+random.seed('$i')
+end = time.monotonic() + 15
+rounds = 0
+while time.monotonic() < end or rounds < 3:
+    h = connect()
+    assert h.pread(1 << 20, 0) == BASE, "not the base"
+    want = bytearray(BASE)
+    for n in range(random.randrange(20)):
+        count, offset = random.randrange(1, 70000), random.randrange(900000)
+        tag = random.randbytes(1) * count
+        h.pwrite(tag, offset)
+        want[offset:offset + count] = tag
+    assert h.pread(1 << 20, 0) == want, "not ours"
+    end_of_it = random.randrange(3)
+    if end_of_it == 0:
+        h.shutdown()
+    elif end_of_it == 1:
+        h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(1 << 20)), 0)
+    h = None
+    rounds += 1
+print(rounds, "rounds")' &
+		pids+=($!)
+	done
+	for i in "${pids[@]}"; do
+		wait "$i"
+	done
+	wait_until 20 overlays_are 0
+	stops TERM
+}
+
+remove_left_over()
+{
+	! dmsetup info "$1" || dmsetup remove --retry "$1"
+}
+
+# Whatever ends the server, overlays go with it; what could be left, the next one takes away.
+killed()
+{
+	local nbdkit sectors start id
+
+	begin_serve make_brd 4096
+	base=$REPLY
+	sectors=$(blockdev --getsz "$base")
+	serve base="$base" per-client=true
+	clients '
+import subprocess
+a, b = connect(), connect()
+a.pwrite(b"A" * 4096, 0)
+subprocess.check_call(["pkill", "-KILL", "-x", "nbdkit"])'
+	wait_until 20 overlays_are 0
+	wait_until 20 test ! -d "/proc/$server"
+	grep 'nbdkit was killed by signal 9' "$work/errors"
+	nothing_left
+
+	serve base="$base" per-client=true
+	nbdkit=$(pgrep -x nbdkit)
+	kill -KILL "$server"
+	wait_until 20 test ! -d "/proc/$nbdkit"
+	wait_until 20 overlays_are 0
+
+	# killed just after it had made a device, which was not open yet
+	id=$(stat -Lc %i /proc/self/ns/pid 2>/dev/null) || id=0
+	dmsetup create test-cow-1-1 -u "NBDCOW-SERVER-$id-$nbdkit-1-0" \
+		--table "0 $sectors nbdcow $base"
+	undo remove_left_over test-cow-1-1
+	dmsetup create test-cow-1-2 -u "NBDCOW-SERVER-$id-$nbdkit-2-0" --notable
+	undo remove_left_over test-cow-1-2
+	# one that is being made just now, and others that are none of its business
+	start=$(sed 's/.*) //' /proc/$$/stat | cut -d ' ' -f 20)
+	dmsetup create test-cow-1-3 -u "NBDCOW-SERVER-$id-$$-$start-0" \
+		--table "0 $sectors nbdcow $base"
+	undo dmsetup remove --retry test-cow-1-3
+	dmsetup create test-cow-1-4 -u "NBDCOW-SERVER-4-$nbdkit-1-0" --table "0 $sectors nbdcow $base"
+	undo dmsetup remove --retry test-cow-1-4
+	dmsetup create test-cow-1-5 -u "NBDCOW-SERVER" --table "0 $sectors nbdcow $base"
+	undo dmsetup remove --retry test-cow-1-5
+	serve base="$base" per-client=true
+	is 'what is left' "$(dmsetup ls | awk '/^test-cow/ { print $1 }' | sort | tr '\n' ' ')" \
+		'test-cow-1-3 test-cow-1-4 test-cow-1-5 '
+}
+
+over_nbd()
+{
+	need nbdkit nbd-client
+	begin_serve serve_image 4M
+	base=$work/disk.img
+	serve base="$REPLY" per-client=true
+	clients '
+a, b = connect(), connect()
+a.pwrite(b"A" * 4096, 0)
+assert b.pread(1 << 20, 0) == BASE and a.pread(4096, 0) == b"A" * 4096'
+	stops TERM
+
+	# the connection of one that was killed
+	serve base="nbd+unix:///?socket=$work/socket" per-client=true
+	kill -KILL "$server"
+	wait_until 20 fails pgrep -f "$run_dir/test-cow~serve.pid"
+	is 'connections' "$(connected | wc -l)" 1
+	serve base="nbd+unix:///?socket=$work/socket" per-client=true
+	is 'connections' "$(connected | wc -l)" 1
+	stops TERM
+	image_is_unchanged
+}
+
+# The sockets of systemd, which are open already and come with the environment.
+activated()
+{
+	begin_serve make_brd 4096
+	base=$REPLY
+	undo rm -f "$work/s" "$work/errors"
+	python3 -c '
+import os, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.bind(sys.argv[1])
+s.listen()
+if s.fileno() == 3:
+    os.set_inheritable(3, True)
+else:
+    os.dup2(s.fileno(), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execvp(sys.argv[2], sys.argv[2:])' "$work/s" \
+		cowctl serve test-cow base="$base" per-client=true 2>"$work/errors" &
+	server=$!
+	undo stop_server "$server"
+	wait_until 20 test -S "$work/s"
+	socket=$work/s clients '
+a, b = connect(), connect()
+a.pwrite(b"A" * 4096, 0)
+assert b.pread(1 << 20, 0) == BASE and a.pread(4096, 0) == b"A" * 4096'
+	stops TERM
+	LISTEN_FDS=1 LISTEN_PID=1 says 2 'max-clients=x' \
+		cowctl serve test-cow base="$base" max-clients=x
+}
+
+tcp()
+{
+	need nbdcopy
+	begin_serve make_brd 1024
+	base=$REPLY
+	serve base="$base" per-client=true port=10998
+	is 'the address' "$(<"$work/served")" nbd://127.0.0.1:10998
+	only_on_loopback
+	undo rm -f "$work/out"
+	nbdcopy nbd://127.0.0.1:10998 "$work/out"
+	cmp "$work/out" "$base"
+	stops TERM
+}
+
+cannot_serve()
+{
+	begin_serve make_brd 1024
+	base=$REPLY
+	says 2 'base= is missing' cowctl serve test-cow
+	says 2 'per-client=true excludes' cowctl serve test-cow base="$base" per-client=true \
+		per-export-name=true
+	says 2 'per-client=yes is neither' cowctl serve test-cow base="$base" per-client=yes
+	says 2 'max-clients=0 is no number' cowctl serve test-cow base="$base" max-clients=0
+	says 2 'max-clients=1K is no number' cowctl serve test-cow base="$base" max-clients=1K
+	says 2 'limit=x is no size' cowctl serve test-cow base="$base" limit=x
+	says 2 'excludes port=' cowctl serve test-cow base="$base" socket=/tmp/s port=1
+	says 1 'cannot find base /no/such' cowctl serve test-cow base=/no/such
+	fails cowctl serve test-cow base="$base" socket="$work/none/s" 2>"$work/stderr"
+	grep 'cowctl: nbdkit has ended with status 1' "$work/stderr"
+	serve base="$base" per-client=true
+	says 4 'another serve of the name test-cow is running' cowctl serve test-cow base="$base"
+	says 4 'is in use' cowctl serve test-cow2 base="$base" socket="$socket"
+	cowctl create test-cow base="$base"
+	says 4 'is in use' cowctl export test-cow
+	cowctl remove test-cow
+	stops TERM
+	mkfs.ext2 -q "$base"
+	unguard "$base"
+	mkdir "$work/mnt"
+	undo rmdir "$work/mnt"
+	mount "$base" "$work/mnt"
+	undo umount "$work/mnt"
+	says 4 'is mounted on' cowctl serve test-cow base="$base"
+}
+
+run_tests \
+	private_views 'an overlay for each client' \
+	one_view 'one overlay for all clients' \
+	export_names 'an overlay for each export name' \
+	limits 'limits, and the most clients' \
+	many_clients '64 clients at once' \
+	coming_and_going 'clients that come and go under load' \
+	killed 'servers that are killed' \
+	over_nbd 'a base behind NBD' \
+	activated 'sockets from systemd' \
+	tcp 'a TCP port' \
+	cannot_serve 'what cannot be served'

@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The commands that change a device while it is in use: set and rebase.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/fs.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/random.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+/* What set is asked for, beside what the keys that are given say. */
+struct change {
+	uint64_t limit_blocks;
+	uint64_t cache_limit_blocks;
+	uint64_t bytes;
+	const char *watched;
+	bool cow_on_read;
+	bool cow_on_cache;
+	bool queue_errors;
+	bool partitions;
+};
+
+static int parse_change(const struct args *args, struct change *change)
+{
+	const char *cache = args->value[KEY_CACHE];
+	bool any = false;
+
+	for (int i = 0; i < KEY_COUNT; i++)
+		any = any || args->value[i];
+	if (!any)
+		return fail(-EINVAL, "set: what to change is missing; see \"cowctl help set\"");
+	if (cache && strcmp(cache, "drop"))
+		return fail(-EINVAL, "cache=%s is not drop", cache);
+	return parse_blocks(args, KEY_LIMIT, &change->limit_blocks) ?:
+	       parse_blocks(args, KEY_CACHE_LIMIT, &change->cache_limit_blocks) ?:
+	       parse_bytes(args, KEY_SIZE, &change->bytes) ?:
+	       parse_cow_on_read(args, &change->cow_on_read, &change->watched) ?:
+	       parse_flag(args, KEY_COW_ON_CACHE, false, &change->cow_on_cache) ?:
+	       parse_on_base_error(args, &change->queue_errors) ?:
+	       parse_flag(args, KEY_PARTITIONS, false, &change->partitions);
+}
+
+static int send_limit(const struct args *args, enum key key, const char *name, uint64_t blocks)
+{
+	char *message;
+	int err;
+
+	if (!args->value[key])
+		return 0;
+	message = blocks == NO_LIMIT ? xasprintf("%s none", name) :
+		  xasprintf("%s %" PRIu64, name, blocks);
+	err = dm_message(args, message);
+	free(message);
+	return err;
+}
+
+static int send_flag(const struct args *args, enum key key, const char *name, bool on)
+{
+	char *message;
+	int err;
+
+	if (!args->value[key])
+		return 0;
+	message = xasprintf("%s %s", name, on ? "on" : "off");
+	err = dm_message(args, message);
+	free(message);
+	return err;
+}
+
+/* After a reload, which may have taken an older state of cow-on-read along. */
+static int restart_watch(const struct cow *cow)
+{
+	char path[PATH_MAX];
+
+	return watch_find(cow->mangled, path) ? 0 : watch_start(cow, path);
+}
+
+static int grow(const struct args *args, uint64_t bytes)
+{
+	struct cow cow;
+	int err;
+
+	if (!bytes)
+		return 0;
+	/* Again, for the table has changed. */
+	err = find_cow(args, &cow);
+	bytes -= bytes % BLOCK_BYTES;
+	if (!err && bytes < cow.sectors * SECTOR_BYTES)
+		return fail(-EINVAL, "size=%s: %s is larger, and cannot shrink",
+			    args->value[KEY_SIZE], args->name);
+	if (err || bytes == cow.sectors * SECTOR_BYTES)
+		return err;
+	return dm_reload(&cow, bytes / SECTOR_BYTES, cow.params) ?: restart_watch(&cow);
+}
+
+static int switch_cow_on_read(const struct args *args, const struct cow *cow,
+			      const struct change *change)
+{
+	if (!args->value[KEY_COW_ON_READ])
+		return 0;
+	if (change->watched)
+		return watch_start(cow, change->watched);
+	watch_stop(cow->mangled);
+	return send_flag(args, KEY_COW_ON_READ, "cow_on_read", change->cow_on_read);
+}
+
+/* Partitions that have devices follow a new size; or as it was said. */
+static int refresh_parts(const struct args *args, const struct cow *cow, bool wanted)
+{
+	struct part *parts;
+	bool there = parts_find(cow, &parts) > 0;
+
+	free(parts);
+	if (args->value[KEY_PARTITIONS])
+		return wanted ? parts_map(cow->path) : there ? parts_unmap(cow->path) : 0;
+	return there && args->value[KEY_SIZE] ? parts_map(cow->path) : 0;
+}
+
+/* What cannot be undone comes last. */
+static int apply(const struct args *args, const struct cow *cow, const struct change *change)
+{
+	return send_limit(args, KEY_LIMIT, "limit", change->limit_blocks) ?:
+	       send_limit(args, KEY_CACHE_LIMIT, "cache_limit", change->cache_limit_blocks) ?:
+	       send_flag(args, KEY_COW_ON_CACHE, "cow_on_cache", change->cow_on_cache) ?:
+	       grow(args, change->bytes) ?:
+	       switch_cow_on_read(args, cow, change) ?:
+	       refresh_parts(args, cow, change->partitions) ?:
+	       send_flag(args, KEY_ON_BASE_ERROR, "queue_errors", change->queue_errors) ?:
+	       (args->value[KEY_CACHE] ? dm_message(args, "drop_cache") : 0);
+}
+
+/* The old table has all that was changed. */
+static void undo(const struct args *args, const struct cow *cow, const char *watched)
+{
+	struct cow now;
+
+	watch_stop(cow->mangled);
+	if (!dm_find(args->mangled, &now) && now.state == COW_LIVE &&
+	    (now.sectors != cow->sectors || strcmp(now.params, cow->params)))
+		dm_reload(cow, cow->sectors, cow->params);
+	if (*watched)
+		watch_start(cow, watched);
+}
+
+int cmd_set(const struct args *args)
+{
+	char watched[PATH_MAX] = "";
+	struct change change;
+	struct cow cow;
+	int err, lock;
+
+	err = parse_change(args, &change);
+	if (err)
+		return err;
+	lock = lock_name(args);
+	if (lock < 0)
+		return lock;
+	err = find_cow(args, &cow);
+	if (!err) {
+		watch_find(cow.mangled, watched);
+		err = apply(args, &cow, &change);
+		if (err)
+			undo(args, &cow, watched);
+	}
+	close(lock);
+	return err;
+}
+
+/*
+ * Moving to another base
+ */
+
+#define SAMPLES	256
+
+/* Return: whether block device @upper is, or is made of, @lower. */
+static bool stands_on(dev_t upper, dev_t lower)
+{
+	char *path = xasprintf("/sys/dev/block/%u:%u/slaves", major(upper), minor(upper));
+	DIR *dir = opendir(path);
+	struct dirent *entry;
+	bool found = upper == lower;
+
+	while (dir && !found && (entry = readdir(dir))) {
+		char *file = xasprintf("%s/%s/dev", path, entry->d_name), text[24];
+		unsigned int maj, min;
+
+		found = entry->d_name[0] != '.' && !read_line(file, text, sizeof(text)) &&
+			sscanf(text, "%u:%u", &maj, &min) == 2 &&
+			stands_on(makedev(maj, min), lower);
+		free(file);
+	}
+	if (dir)
+		closedir(dir);
+	free(path);
+	return found;
+}
+
+/* Return: 0, -EILSEQ when the blocks differ, -EIO or -EREMOTEIO for old or new. */
+static int compare_block(int old, int new, uint64_t block)
+{
+	char was[BLOCK_BYTES], is[BLOCK_BYTES];
+
+	if (pread(old, was, sizeof(was), block * BLOCK_BYTES) != sizeof(was))
+		return -EIO;
+	if (pread(new, is, sizeof(is), block * BLOCK_BYTES) != sizeof(is))
+		return -EREMOTEIO;
+	return memcmp(was, is, sizeof(was)) ? -EILSEQ : 0;
+}
+
+/* The first block, the last one, and one somewhere in each part between them. */
+static uint64_t sample(uint64_t i, uint64_t samples, uint64_t blocks)
+{
+	uint64_t first, next, random;
+
+	if (!i || samples == blocks)
+		return i;
+	if (i == samples - 1)
+		return blocks - 1;
+	first = blocks / samples * i;
+	next = blocks / samples * (i + 1);
+	if (getrandom(&random, sizeof(random), 0) != sizeof(random))
+		random = 0;
+	return first + random % (next - first);
+}
+
+static int compare(const struct args *args, int old, uint64_t old_bytes, const struct base *base,
+		   uint64_t *compared)
+{
+	uint64_t blocks = old_bytes / BLOCK_BYTES;
+	uint64_t samples = blocks < SAMPLES ? blocks : SAMPLES;
+
+	posix_fadvise(old, 0, 0, POSIX_FADV_RANDOM);
+	posix_fadvise(base->fd, 0, 0, POSIX_FADV_RANDOM);
+	for (uint64_t i = 0; i < samples; i++) {
+		uint64_t block = sample(i, samples, blocks);
+		int err = interrupted() ? -EINTR : compare_block(old, base->fd, block);
+
+		if (err == -EILSEQ)
+			return fail(err, "base %s differs from the base of %s, at byte %" PRIu64,
+				    base->text, args->name, block * BLOCK_BYTES);
+		if (err == -EIO)
+			return fail(err, "the base of %s cannot be read, so nothing can be compared;"
+				    " say force=true if %s has the same content", args->name,
+				    base->text);
+		if (err == -EREMOTEIO)
+			return fail(err, "cannot read base %s", base->text);
+		if (err)
+			return err;
+	}
+	*compared = samples;
+	return 0;
+}
+
+/* Whether the new base can take the place of the old one. */
+static int check_same(const struct args *args, const struct cow *cow, const struct base *base,
+		      bool force, uint64_t *compared, uint64_t *old_bytes)
+{
+	char *path = device_path(cow->table.major, cow->table.minor);
+	int old = open(path, O_RDONLY | O_CLOEXEC), err = 0;
+
+	*compared = 0;
+	if (old < 0 || ioctl(old, BLKGETSIZE64, old_bytes))
+		*old_bytes = 0;
+	if (stands_on(base->dev, makedev(cow->major, cow->minor)))
+		err = fail(-EBUSY, "base %s is %s itself, or made of it", base->text, args->name);
+	else if (base->bytes < *old_bytes)
+		err = fail(-EIO, "base %s has %" PRIu64 " bytes, fewer than the %" PRIu64
+			   " of the base of %s", base->text, base->bytes, *old_bytes, args->name);
+	else if (!force && !*old_bytes)
+		err = fail(-EIO, "the base of %s is away, so nothing can be compared;"
+			   " say force=true if %s has the same content", args->name, base->text);
+	else if (!force)
+		err = compare(args, old, *old_bytes, base, compared);
+	if (old >= 0)
+		close(old);
+	free(path);
+	return err;
+}
+
+static int reload_on(const struct cow *cow, const struct base *base)
+{
+	const char *features = cow->params + strcspn(cow->params, " ");
+	char *params = xasprintf("%u:%u%s", major(base->dev), minor(base->dev), features);
+	int err = dm_reload(cow, cow->sectors, params);
+
+	free(params);
+	return err;
+}
+
+/*
+ * A killed rebase may have left two connections, and a table that is not in use.
+ * The device tells which connection it uses.
+ */
+static int settle(const struct cow *cow, const char *slot)
+{
+	char *dev = device_path(cow->table.major, cow->table.minor);
+	struct nbd_link link;
+	bool moved;
+
+	dm_clear(cow->mangled);
+	moved = !nbd_find(slot, &link) && link.connected && !strcmp(link.dev, dev);
+
+	free(dev);
+	if (!moved)
+		return nbd_release(slot);
+	return nbd_release(cow->mangled) ?: nbd_rename(slot, cow->mangled);
+}
+
+static int move(const struct args *args, const struct cow *cow, struct base *base, bool force)
+{
+	uint64_t compared, old_bytes;
+	int err = check_same(args, cow, base, force, &compared, &old_bytes);
+
+	if (!err && interrupted())
+		err = -EINTR;
+	if (!err)
+		err = reload_on(cow, base);
+	if (err)
+		return err;
+	if (compared && !args->json)
+		printf("compared %" PRIu64 " of %" PRIu64 " blocks with the old base: all are the same\n",
+		       compared, old_bytes / BLOCK_BYTES);
+	return 0;
+}
+
+static int rebase_locked(const struct args *args, int lock, bool force, bool holes)
+{
+	const char *text = args->value[KEY_BASE];
+	struct base base = { .fd = -1 };
+	char slot[SLOT_BYTES];
+	struct cow cow;
+	int err = find_cow(args, &cow) ?: check_base(text);
+
+	nbd_next_slot(args->mangled, slot);
+	if (!err)
+		err = settle(&cow, slot);
+	if (err)
+		return err;
+	err = open_base(text, slot, lock, &base);
+	if (!err)
+		err = move(args, &cow, &base, force);
+	if (base.fd >= 0)
+		close(base.fd);
+	if (err) {
+		nbd_release(slot);
+		return err;
+	}
+	/* It has moved. A connection that others use, too, stays, and they are told. */
+	holes_stop(args->mangled);
+	nbd_release(args->mangled);
+	err = nbd_rename(slot, args->mangled) ?: restart_watch(&cow);
+	if (!err && holes)
+		holes_start(&cow, text, base.bytes);
+	return err;
+}
+
+int cmd_rebase(const struct args *args)
+{
+	bool force, holes;
+	int err, lock;
+
+	if (!args->value[KEY_BASE])
+		return fail(-EINVAL, "rebase: base= is missing; see \"cowctl help rebase\"");
+	err = parse_flag(args, KEY_FORCE, false, &force) ?:
+	      parse_flag(args, KEY_HOLES, true, &holes);
+	if (err)
+		return err;
+	lock = lock_name(args);
+	if (lock < 0)
+		return lock;
+	err = rebase_locked(args, lock, force, holes);
+	close(lock);
+	if (!err && args->json)
+		err = report(args);
+	return err;
+}

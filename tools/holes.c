@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The holes of a base that an NBD server knows (base:allocation): the kernel is
+ * told of them, and never asks the server for what is known to be zero.
+ *
+ * A process of its own does this, since a server may take long; cowctl waits only
+ * a moment for it. libnbd is loaded there and nowhere else: with all that it needs
+ * in turn, it would cost each command more time than its work.
+ */
+#include <dlfcn.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <libnbd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define KIND		"holes"
+#define WAIT_MS		2000
+#define ANSWER_S	60		/* a server may take for one answer */
+#define REQUEST_BYTES	(UINT64_C(1) << 31)
+#define MESSAGE_BYTES	8192
+
+#define CALLS(CALL) \
+	CALL(create) \
+	CALL(add_meta_context) \
+	CALL(set_export_name) \
+	CALL(connect_unix) \
+	CALL(connect_tcp) \
+	CALL(can_meta_context) \
+	CALL(get_size) \
+	CALL(block_status) \
+	CALL(shutdown)
+
+static struct {
+#define DECLARE(name) __typeof__(&nbd_##name) name;
+	CALLS(DECLARE)
+} nbd;
+
+static bool load_libnbd(void)
+{
+	void *library = dlopen("libnbd.so.0", RTLD_NOW | RTLD_LOCAL);
+
+#define LOOK_UP(name) \
+	if (library) \
+		nbd.name = (__typeof__(nbd.name))dlsym(library, "nbd_" #name); \
+	if (!nbd.name) \
+		return false;
+	CALLS(LOOK_UP)
+	return true;
+}
+
+struct holes {
+	const char *uuid;
+	struct nbd_uri uri;
+	uint64_t end;			/* in bytes, whole blocks */
+	uint64_t offset;		/* up to where the server has told */
+	uint64_t start;			/* of the hole that ends at offset, if any */
+	char message[MESSAGE_BYTES];	/* for the kernel, not yet sent */
+	size_t length;
+	int err;
+};
+
+static void send_message(struct holes *holes)
+{
+	if (holes->length && !holes->err)
+		holes->err = dm_send(holes->uuid, holes->message);
+	holes->length = 0;
+}
+
+/* What is zero from start to offset ends there: its whole blocks are a hole. */
+static void end_hole(struct holes *holes)
+{
+	uint64_t first = holes->start / BLOCK_BYTES + !!(holes->start % BLOCK_BYTES);
+	uint64_t end = (holes->offset < holes->end ? holes->offset : holes->end) / BLOCK_BYTES;
+
+	if (first < end) {
+		if (!holes->length)
+			holes->length = sprintf(holes->message, "holes");
+		holes->length += sprintf(holes->message + holes->length, " %" PRIu64 " %" PRIu64,
+					 first, end - first);
+		if (holes->length + 48 > sizeof(holes->message))
+			send_message(holes);
+	}
+	holes->start = UINT64_MAX;
+}
+
+/* Called with pairs of a length and flags. */
+static int add_extents(void *arg, const char *context, uint64_t offset, uint32_t *entries,
+		       size_t n, int *error)
+{
+	struct holes *holes = arg;
+
+	(void)error;
+	if (strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) || offset != holes->offset)
+		return 0;
+	for (size_t i = 0; i + 1 < n; i += 2) {
+		bool zero = entries[i + 1] & LIBNBD_STATE_ZERO;
+
+		if (zero && holes->start == UINT64_MAX)
+			holes->start = holes->offset;
+		else if (!zero && holes->start != UINT64_MAX)
+			end_hole(holes);
+		holes->offset += entries[i];
+	}
+	return 0;
+}
+
+static int connect_server(struct nbd_handle *handle, const struct nbd_uri *uri)
+{
+	if (nbd.set_export_name(handle, uri->export) ||
+	    nbd.add_meta_context(handle, LIBNBD_CONTEXT_BASE_ALLOCATION))
+		return -EIO;
+	return uri->socket[0] ? nbd.connect_unix(handle, uri->socket) :
+	       nbd.connect_tcp(handle, uri->host, uri->port);
+}
+
+static int learn(struct holes *holes)
+{
+	struct nbd_handle *handle = nbd.create();
+	int64_t size;
+
+	alarm(ANSWER_S);
+	if (!handle || connect_server(handle, &holes->uri))
+		return -EIO;
+	if (nbd.can_meta_context(handle, LIBNBD_CONTEXT_BASE_ALLOCATION) != 1)
+		return 0;
+	size = nbd.get_size(handle);
+	if (size < 0)
+		return -EIO;
+	if (holes->end > (uint64_t)size)
+		holes->end = size - size % BLOCK_BYTES;
+	while (holes->offset < holes->end && !holes->err) {
+		uint64_t before = holes->offset, left = size - before;
+
+		alarm(ANSWER_S);
+		if (nbd.block_status(handle, left < REQUEST_BYTES ? left : REQUEST_BYTES, before,
+				     (nbd_extent_callback){
+					     .callback = add_extents, .user_data = holes,
+				     }, 0) || holes->offset == before)
+			return -EIO;
+	}
+	if (holes->start != UINT64_MAX)
+		end_hole(holes);
+	send_message(holes);
+	nbd.shutdown(handle, 0);
+	return holes->err;
+}
+
+/* Runs in a process of its own, which takes along what it leaves open. */
+static void work(void *arg, int ready_fd)
+{
+	helper_ready(ready_fd, load_libnbd() ? learn(arg) : -ENOPKG);
+}
+
+/*
+ * Learns the holes of the base at @text, where that is an NBD server. They only
+ * save work, so not to know them is no failure.
+ */
+void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes)
+{
+	struct holes holes = {
+		.uuid = cow->uuid, .end = base_bytes - base_bytes % BLOCK_BYTES,
+		.start = UINT64_MAX,
+	};
+	int err;
+
+	if (parse_nbd_uri(text, &holes.uri))
+		return;
+	err = helper_start(cow->mangled, KIND, text, work, &holes, WAIT_MS);
+	if (err == -ENOPKG)
+		warn("the holes of %s stay unknown: libnbd is missing, which is in the package libnbd0",
+		     text);
+	else if (err && err != -ETIMEDOUT)
+		warn("the holes of %s stay unknown: its server does not tell them", text);
+}
+
+void holes_stop(const char *mangled)
+{
+	helper_stop(mangled, KIND);
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * cowctl prefetch: the kernel reads the base into its cache; here it is told to,
+ * and watched.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define LOOK_MS		200
+#define BAR_WIDTH	40
+
+struct prefetch {
+	uint64_t start_block;
+	uint64_t blocks;
+	uint64_t kib_per_second;	/* 0: as fast as it goes */
+	bool wait;
+};
+
+static int parse(const struct args *args, struct prefetch *prefetch)
+{
+	const char *range = args->value[KEY_RANGE], *rate = args->value[KEY_RATE];
+	uint64_t start = 0, end = UINT64_MAX, bytes = 0;
+	int err = range ? parse_range(range, &start, &end) : 0;
+
+	if (err)
+		return fail(-EINVAL, err == -ERANGE ? "range=%s is out of range" :
+			    "range=%s is not of the form START-END (1G-2G)", range);
+	err = rate ? parse_size(rate, &bytes) : 0;
+	if (err || (rate && (bytes < 1024 || bytes / 1024 > UINT32_MAX)))
+		return fail(-EINVAL, "rate=%s is no size from 1K on (100M)", rate);
+	prefetch->kib_per_second = bytes / 1024;
+	prefetch->start_block = start / BLOCK_BYTES;
+	prefetch->blocks = end / BLOCK_BYTES + !!(end % BLOCK_BYTES) - prefetch->start_block;
+	return parse_flag(args, KEY_WAIT, true, &prefetch->wait);
+}
+
+static int start(const struct args *args, const struct cow *cow, const struct prefetch *prefetch)
+{
+	char rate[24] = "", *message;
+	int err;
+
+	if (prefetch->kib_per_second)
+		snprintf(rate, sizeof(rate), " %" PRIu64, prefetch->kib_per_second);
+	message = xasprintf("prefetch %" PRIu64 " %" PRIu64 "%s", prefetch->start_block,
+			    prefetch->blocks, rate);
+	err = dm_send(cow->uuid, message);
+	free(message);
+	if (err == -EBUSY)
+		return fail(err, "a prefetch of %s is under way; \"cowctl prefetch %s stop\" ends it",
+			    args->name, args->name);
+	return err ? fail(err == -EINVAL ? -EIO : err, "cannot prefetch %s: %s", args->name,
+			  strerror(-err)) : 0;
+}
+
+/* On a terminal a bar that moves, else a line for each tenth of the way. */
+static void show(const struct cow_status *status, int *shown)
+{
+	uint64_t done = status->prefetch_done, total = status->prefetch_total;
+	int percent = total ? 100.0 * done / total : 100;
+	char have[16], want[16], bar[BAR_WIDTH + 1];
+	bool terminal = isatty(STDOUT_FILENO);
+
+	if (percent / (terminal ? 1 : 10) == *shown)
+		return;
+	*shown = percent / (terminal ? 1 : 10);
+	human_size(done * BLOCK_BYTES, have);
+	human_size(total * BLOCK_BYTES, want);
+	memset(bar, ' ', BAR_WIDTH);
+	memset(bar, '#', BAR_WIDTH * percent / 100);
+	bar[BAR_WIDTH] = '\0';
+	if (terminal)
+		printf("\r[%s] %3d%%  %s of %s \033[K", bar, percent, have, want);
+	else
+		printf("%d%% %s of %s\n", percent, have, want);
+	fflush(stdout);
+}
+
+static int result(const struct args *args, const struct cow *cow)
+{
+	const char *state = cow->status.prefetch;
+
+	if (!strcmp(state, "done"))
+		return 0;
+	if (!strcmp(state, "full"))
+		return fail(-EDQUOT, "%s: there is no more room in the cache of the base",
+			    args->name);
+	if (!strcmp(state, "failed"))
+		return fail(-EIO, "%s: the base cannot be read", args->name);
+	return fail(-ECANCELED, "%s: the prefetch was stopped", args->name);
+}
+
+static int watch(const struct args *args, struct cow *cow)
+{
+	char uuid[sizeof(cow->uuid)];
+	int shown = -1, signals, err;
+	sigset_t set;
+
+	memcpy(uuid, cow->uuid, sizeof(uuid));
+	stop_signals(&set);
+	signals = signalfd(-1, &set, SFD_CLOEXEC);
+	for (;;) {
+		struct pollfd signal = { .fd = signals, .events = POLLIN };
+
+		err = find_cow(args, cow);
+		if (!err && strcmp(cow->uuid, uuid))
+			err = fail(-ENODEV, "%s is another device by now", args->name);
+		if (err)
+			break;
+		if (!args->json)
+			show(&cow->status, &shown);
+		if (strcmp(cow->status.prefetch, "running"))
+			break;
+		/* The signal stays pending, and ends us when all is done. */
+		if (poll(&signal, 1, LOOK_MS) > 0) {
+			dm_send(uuid, "prefetch stop");
+			err = -EINTR;
+			break;
+		}
+	}
+	close(signals);
+	if (shown >= 0 && isatty(STDOUT_FILENO))
+		putchar('\n');
+	fflush(stdout);
+	return err ? err : result(args, cow);
+}
+
+int cmd_prefetch(const struct args *args)
+{
+	struct prefetch prefetch;
+	int err = parse(args, &prefetch), lock;
+	struct cow cow;
+
+	if (err)
+		return err;
+	if (args->stop && (args->value[KEY_RANGE] || args->value[KEY_RATE] ||
+			   args->value[KEY_WAIT]))
+		return fail(-EINVAL, "prefetch stop takes no keys");
+	lock = lock_name(args);
+	if (lock < 0)
+		return lock;
+	err = find_cow(args, &cow);
+	if (!err && args->stop)
+		err = dm_message(args, "prefetch stop");
+	else if (!err)
+		err = start(args, &cow, &prefetch);
+	/* Others may change the device meanwhile, or stop this. */
+	close(lock);
+	if (!err && !args->stop && prefetch.wait)
+		err = watch(args, &cow);
+	return err || !args->json ? err : report(args);
+}

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * serve: nbdkit in the foreground, with our plugin, which makes the overlays.
+ * Here the base is made ready for it, and given back when it has ended.
+ *
+ * nbdkit ends with us (--exit-with-parent) and the overlays with nbdkit. What a
+ * killed serve can leave, an NBD connection and files in the run directory, is
+ * known by the name with "~serve" behind it, and the next one clears it away.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/pidfd.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define START_MS	30000
+#define STOP_MS		10000
+#define PROBE_MS	20
+#define LISTEN_FD	3		/* the first that systemd passes */
+
+struct server {
+	const struct args *args;
+	char slot[NAME_BYTES + 8];
+	char *plugin;
+	struct listen listen;
+	int fds;			/* sockets that systemd has passed to us */
+	struct base base;
+	pid_t pid;
+	int pid_fd;
+};
+
+/* Parameters of the plugin that are given as they are. */
+static const enum key passed_on[] = {
+	KEY_PER_CLIENT, KEY_PER_EXPORT_NAME, KEY_MAX_CLIENTS, KEY_LIMIT, KEY_COW_ON_READ,
+	KEY_COW_ON_CACHE, KEY_CACHE_LIMIT,
+};
+
+#define PASSED_ON (sizeof(passed_on) / sizeof(passed_on[0]))
+
+static int check_clients(const char *text)
+{
+	uint64_t clients;
+
+	if (!text || (!parse_size(text, &clients) && clients && clients <= UINT32_MAX &&
+		      strspn(text, "0123456789") == strlen(text)))
+		return 0;
+	return fail(-EINVAL, "max-clients=%s is no number from 1 on", text);
+}
+
+static int check_args(const struct args *args)
+{
+	bool per_client, per_name, flag;
+	uint64_t blocks;
+	int err;
+
+	if (!args->value[KEY_BASE])
+		return fail(-EINVAL, "serve: base= is missing; see \"cowctl help serve\"");
+	err = parse_flag(args, KEY_PER_CLIENT, false, &per_client) ?:
+	      parse_flag(args, KEY_PER_EXPORT_NAME, false, &per_name) ?:
+	      parse_flag(args, KEY_COW_ON_READ, false, &flag) ?:
+	      parse_flag(args, KEY_COW_ON_CACHE, false, &flag) ?:
+	      parse_blocks(args, KEY_LIMIT, &blocks) ?:
+	      parse_blocks(args, KEY_CACHE_LIMIT, &blocks) ?:
+	      check_clients(args->value[KEY_MAX_CLIENTS]);
+	if (!err && per_client && per_name)
+		err = fail(-EINVAL, "per-client=true excludes per-export-name=true");
+	return err;
+}
+
+/* Sockets from systemd stay closed for all programs but nbdkit. */
+static int take_sockets(struct server *server)
+{
+	const struct args *args = server->args;
+	const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
+
+	if (!pid || !fds || strtol(pid, NULL, 10) != getpid())
+		return 0;
+	server->fds = strtol(fds, NULL, 10);
+	if (server->fds < 1)
+		return server->fds = 0;
+	if (args->value[KEY_SOCKET] || args->value[KEY_PORT] || args->value[KEY_ADDRESS])
+		return fail(-EINVAL, "systemd has passed sockets to listen on, and so has %s",
+			    args->value[KEY_SOCKET] ? "socket=" : args->value[KEY_PORT] ?
+			    "port=" : "address=");
+	for (int i = 0; i < server->fds; i++)
+		if (fcntl(LISTEN_FD + i, F_SETFD, FD_CLOEXEC))
+			return fail(-errno, "LISTEN_FDS=%s, but descriptor %d is not open", fds,
+				    LISTEN_FD + i);
+	return 0;
+}
+
+static void __attribute__((noreturn)) become_nbdkit(const struct server *server, char **argv)
+{
+	int null = open("/dev/null", O_RDONLY);
+	sigset_t none;
+	char pid[24];
+
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	dup2(null, STDIN_FILENO);
+	dup2(STDERR_FILENO, STDOUT_FILENO);
+	for (int i = 0; i < server->fds; i++)
+		fcntl(LISTEN_FD + i, F_SETFD, 0);
+	if (server->fds) {
+		snprintf(pid, sizeof(pid), "%ld", (long)getpid());
+		setenv("LISTEN_PID", pid, 1);
+	}
+	execvp(argv[0], argv);
+	_exit(errno == ENOENT ? 127 : 126);
+}
+
+static int spawn(struct server *server)
+{
+	const struct args *args = server->args;
+	char *argv[32 + PASSED_ON], *words[PASSED_ON + 3];
+	char *pid_file = run_path(server->slot, "pid");
+	size_t n = 0, w = 0;
+
+	argv[n++] = "nbdkit";
+	argv[n++] = "--foreground";
+	argv[n++] = "--exit-with-parent";
+	argv[n++] = "--pidfile";
+	argv[n++] = pid_file;
+	if (server->listen.socket[0]) {
+		argv[n++] = "--unix";
+		argv[n++] = server->listen.socket;
+	} else if (!server->fds) {
+		argv[n++] = "--ipaddr";
+		argv[n++] = (char *)server->listen.address;
+		argv[n++] = "--port";
+		argv[n++] = (char *)server->listen.port;
+	}
+	argv[n++] = server->plugin;
+	words[w++] = xasprintf("name=%s", args->name);
+	words[w++] = device_path(major(server->base.dev), minor(server->base.dev));
+	words[w] = xasprintf("base=%s", words[w - 1]);
+	w++;
+	for (size_t i = 0; i < PASSED_ON; i++)
+		if (args->value[passed_on[i]])
+			words[w++] = xasprintf("%s=%s", key_name(passed_on[i]),
+					       args->value[passed_on[i]]);
+	for (size_t i = 0; i < w; i++)
+		if (i != 1)
+			argv[n++] = words[i];
+	argv[n] = NULL;
+	server->pid = fork();
+	if (!server->pid)
+		become_nbdkit(server, argv);
+	if (server->pid > 0)
+		server->pid_fd = pidfd_open(server->pid, 0);
+	for (size_t i = 0; i < w; i++)
+		free(words[i]);
+	free(pid_file);
+	return server->pid < 0 ? fail(-errno, "cannot start nbdkit: %m") : 0;
+}
+
+/* Return: 0, or -errno with what its end means. */
+static int reap(struct server *server)
+{
+	int status;
+
+	while (waitpid(server->pid, &status, 0) < 0 && errno == EINTR)
+		;
+	server->pid = 0;
+	if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
+		return fail(-ENOPKG, "nbdkit is not installed; it is in the package nbdkit");
+	if (WIFSIGNALED(status))
+		return fail(-EIO, "nbdkit was killed by signal %d", WTERMSIG(status));
+	return fail(-EIO, "nbdkit has ended with status %d", WEXITSTATUS(status));
+}
+
+static bool ended(const struct server *server, int wait_ms)
+{
+	struct pollfd end = { .fd = server->pid_fd, .events = POLLIN };
+
+	return poll(&end, 1, wait_ms) > 0;
+}
+
+/* nbdkit writes its process id once it listens. */
+static int wait_until_ready(struct server *server)
+{
+	char *pid_file = run_path(server->slot, "pid"), text[24];
+	int64_t deadline = now_ms() + START_MS;
+	int err = 0;
+
+	while (!err && read_line(pid_file, text, sizeof(text))) {
+		if (ended(server, PROBE_MS))
+			err = reap(server);
+		else if (interrupted())
+			err = -EINTR;
+		else if (now_ms() > deadline)
+			err = fail(-ETIMEDOUT, "nbdkit does not begin to listen");
+	}
+	free(pid_file);
+	return err;
+}
+
+static void stop(struct server *server)
+{
+	pidfd_send_signal(server->pid_fd, SIGTERM, NULL, 0);
+	if (!ended(server, STOP_MS))
+		pidfd_send_signal(server->pid_fd, SIGKILL, NULL, 0);
+	waitpid(server->pid, NULL, 0);
+	server->pid = 0;
+}
+
+/* Until it ends, which is a failure, or a signal asks us to. */
+static int wait_for_end(struct server *server)
+{
+	struct pollfd fds[2] = { { .fd = server->pid_fd, .events = POLLIN } };
+	struct signalfd_siginfo info;
+	int err = 0, signals;
+	sigset_t set;
+
+	stop_signals(&set);
+	signals = signalfd(-1, &set, SFD_CLOEXEC);
+	fds[1] = (struct pollfd){ .fd = signals, .events = POLLIN };
+	while (!fds[0].revents && !fds[1].revents)
+		poll(fds, 2, -1);
+	if (!fds[1].revents)
+		err = reap(server);
+	else if (read(signals, &info, sizeof(info)) < 0)
+		err = -errno;
+	close(signals);
+	return err;
+}
+
+/* The kernel removes the overlays of a server that was killed a little later. */
+static void wait_for_base(const struct base *base)
+{
+	char *path = xasprintf("/sys/dev/block/%u:%u/holders", major(base->dev),
+			       minor(base->dev));
+	int64_t deadline = now_ms() + STOP_MS;
+	bool used = true;
+
+	while (used && now_ms() < deadline) {
+		DIR *dir = opendir(path);
+		struct dirent *entry;
+
+		used = false;
+		while (dir && !used && (entry = readdir(dir)))
+			used = entry->d_name[0] != '.';
+		if (dir)
+			closedir(dir);
+		if (used)
+			poll(NULL, 0, PROBE_MS);
+	}
+	free(path);
+}
+
+static int serve(struct server *server)
+{
+	int err = spawn(server);
+
+	if (!err)
+		err = wait_until_ready(server);
+	if (!err && !server->fds) {
+		puts(server->listen.uri);
+		fflush(stdout);
+	}
+	if (!err)
+		err = wait_for_end(server);
+	if (server->pid > 0)
+		stop(server);
+	if (server->pid_fd >= 0)
+		close(server->pid_fd);
+	return err;
+}
+
+static int prepare(struct server *server, int lock)
+{
+	const struct args *args = server->args;
+	const char *base = args->value[KEY_BASE];
+	int err = dm_need_target();
+
+	if (err)
+		return err;
+	clear_away(server->slot);
+	dm_server_sweep();
+	err = nbd_release(server->slot);
+	if (!err && !server->fds)
+		err = listen_parse(args, &server->listen) ?:
+		      listen_check(&server->listen, args->name);
+	if (!err)
+		err = check_base(base) ?: open_base(base, server->slot, lock, &server->base);
+	if (!err && server->listen.socket[0])
+		err = write_run_file(server->slot, "socket", server->listen.socket);
+	return err ?: interrupted() ? -EINTR : 0;
+}
+
+int cmd_serve(const struct args *args)
+{
+	struct server server = { .args = args, .base.fd = -1, .pid_fd = -1 };
+	int err = check_args(args), lock;
+
+	if (!err)
+		err = take_sockets(&server);
+	if (err)
+		return err;
+	server.plugin = find_plugin();
+	if (!server.plugin)
+		return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
+			    "it comes with cowctl");
+	snprintf(server.slot, sizeof(server.slot), "%s~serve", args->mangled);
+	lock = lock_slot(server.slot, false);
+	if (lock == -EBUSY)
+		fail(lock, "another serve of the name %s is running", args->name);
+	if (lock < 0) {
+		free(server.plugin);
+		return lock;
+	}
+	err = prepare(&server, lock);
+	if (!err)
+		err = serve(&server);
+	clear_away(server.slot);
+	if (server.base.fd >= 0) {
+		wait_for_base(&server.base);
+		close(server.base.fd);
+	}
+	nbd_release(server.slot);
+	free(server.plugin);
+	close(lock);
+	return err;
+}
