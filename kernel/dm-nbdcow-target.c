@@ -34,8 +34,8 @@
  * another bio. It never waits for I/O of its own: the block layer only queues
  * what is submitted in map(), so that would be waiting for oneself. Three things
  * go on outside of map():
- *  - a partial write of a BASE block needs the base's content: base.c reads it
- *    and installs the block from a work;
+ *  - a partial write of a BASE block needs the base's content: rmw.c reads it
+ *    and installs the block from a work, unless the cache has it;
  *  - a block that is swapped out, and a write that found no memory, go to a
  *    work of the bio's own (nbdcow_defer());
  *  - so does all removal of blocks, since punching may have to swap in.
@@ -46,8 +46,17 @@
  * and whatever would sleep ends the bio with BLK_STS_AGAIN, unless a part of it
  * is under way already.
  *
+ * The base
+ * --------
+ * What is read of the base may fill a cache that all overlays on it share
+ * (base.c), which also knows holes of the base. Both are looked at only for
+ * blocks in state BASE. With queue_errors, reads of the base that fail wait for
+ * its return, or for a table that names another one.
+ *
  * Locks, in order
  * ---------------
+ *	bases_mutex	the list of bases, their end
+ *	base->mutex	limit and holes of a base
  *	overlays_mutex	the list of overlays, references
  *	ov->mutex	replacing the layer (reset, growth); event target
  *	shard lock	by leaf; read: install blocks, write: remove them; a
@@ -56,6 +65,10 @@
  *	page lock	serialises writers of a block; keeps reclaim, migration
  *			and removal away
  *	rmw_lock	read-modify-write descriptors of a target; a leaf lock
+ *	queue_lock	failed reads of the base that wait; a leaf lock
+ *	prefetch lock	what a prefetch is at; a leaf lock
+ *	lock of an	changing which blocks are cached, joining a fetch; a leaf
+ *	xarray		lock
  *
  * The layer is read under RCU or any shard lock. In the I/O path all
  * allocations are GFP_NOIO; elsewhere no shard lock is held during one.
@@ -111,7 +124,8 @@
  * changes; it is shared by all tables of one mapped device, so that a reload
  * keeps it, and goes with the last of them. I/O reaches it through one table at
  * a time, since device-mapper suspends the old one first. It fixes the size of
- * the base, so that a base that shrinks gives errors and not zeroes.
+ * the base, so that a base that shrinks gives errors and not zeroes. nbdcow_base
+ * is what all targets on one base device share; it goes with the last of them.
  */
 #include <linux/module.h>
 #include <linux/moduleparam.h>

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Types of dm-nbdcow and the contracts between its files. The target's file and
- * base.c hand bios to each other; both use the overlay, which uses the map and
- * the store and knows nothing of them. message.c reads all.
+ * Types of dm-nbdcow and the contracts between its files. The target's file,
+ * base.c and rmw.c hand bios to each other; all use the overlay, which uses the
+ * map and the store and knows nothing of them. message.c reads all.
  */
 #ifndef NBDCOW_H
 #define NBDCOW_H
