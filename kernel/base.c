@@ -306,10 +306,10 @@ static void fetch_read(struct nbdcow_fetch *fetch, struct block_device *bdev,
 		fetch->bio.bi_ioprio = IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0);
 	for (i = 0; i < fetch->nr; i++) {
 		struct page *page = fetch->bvecs[i].bv_page;
+		void *to = nbdcow_cache_address(page, fetch->first + i);
 
 		__bio_add_page(&fetch->bio, page, NBDCOW_BLOCK_BYTES,
-			       offset_in_page(nbdcow_cache_address(page,
-							    fetch->first + i)));
+			       offset_in_page(to));
 	}
 	submit_bio_noacct(&fetch->bio);
 }

@@ -67,8 +67,7 @@
  *	rmw_lock	read-modify-write descriptors of a target; a leaf lock
  *	queue_lock	failed reads of the base that wait; a leaf lock
  *	prefetch lock	what a prefetch is at; a leaf lock
- *	lock of an	changing which blocks are cached, joining a fetch; a leaf
- *	xarray		lock
+ *	a base's xarray	which blocks are cached, joining a fetch; a leaf lock
  *
  * The layer is read under RCU or any shard lock. In the I/O path all
  * allocations are GFP_NOIO; elsewhere no shard lock is held during one.

@@ -368,7 +368,7 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 }
 
 static int rewrite(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
-			  struct nbdcow_piece *piece)
+		   struct nbdcow_piece *piece)
 {
 	struct page *page = get_stored(ov, layer, piece);
 
