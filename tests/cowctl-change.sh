@@ -166,7 +166,7 @@ moves()
 	cowctl rebase test-cow base="$uri" >"$work/out"
 	undo rm -f "$work/out"
 	is 'what it said' "$(<"$work/out")" \
-		'compared 256 of 1024 blocks with the old base: all are the same'
+		'compared 256 of 1024 blocks with the old base: the same'
 	is 'base' "$(member base test-cow)" "$uri"
 	is 'holders of the old base' "$(holders "$dev")" ''
 	is 'limit' "$(member limit test-cow)" 2097152

@@ -164,32 +164,28 @@ is_whole()
 		$(($(connections) + $(losetup -a | grep -c "($work" || :))) 1
 }
 
-# A rebase, or a change of the size, that is killed: it is there or not, and the same
-# command works. What fails or is told to stop has left all as it was.
+# A rebase that is killed can be given again. One that fails or is told to stop leaves
+# all as it was.
+# changed_copy WHAT FROM TO
 changed_copy()
 {
-	local step rc what from to=$image
+	local step rc
 
-	cowctl create test-cow "$uri" holes=false
+	need jq
+	cowctl create test-cow "$2" holes=false
 	io $COW 'write 0 4k A'
-	for from in "$uri" "$image"; do
-		[ "$from" = "$uri" ] || to=$uri
-		list_steps cowctl rebase test-cow "$to" holes=false
-		cowctl rebase test-cow "$from" holes=false
-		for step in "${steps[@]}"; do
-			at "$step" "$1" cowctl rebase test-cow "$to" holes=false
-			if [ "$1" = error=EIO ] && [ "$rc" != 0 ]; then
-				is "base after '$(<"$work/output")'" "base=$(base)" "$from"
-				is_whole
-			elif [ "$1" = signal=SIGTERM ] && [ "$rc" = 143 ]; then
-				is base "base=$(base)" "$from"
-				is_whole
-			fi
-			cowctl rebase test-cow "$to" holes=false
-			is base "base=$(base)" "$to"
+	list_steps cowctl rebase test-cow "$3" holes=false
+	cowctl rebase test-cow "$2" holes=false
+	for step in "${steps[@]}"; do
+		at "$step" "$1" cowctl rebase test-cow "$3" holes=false
+		if [ "$rc" != 0 ] && [ "$1" != signal=SIGKILL ]; then
+			is "base after '$(<"$work/output")'" "base=$(base)" "$2"
 			is_whole
-			cowctl rebase test-cow "$from" holes=false
-		done
+		fi
+		cowctl rebase test-cow "$3" holes=false
+		is base "base=$(base)" "$3"
+		is_whole
+		cowctl rebase test-cow "$2" holes=false
 	done
 	cowctl remove test-cow
 	nothing_left
@@ -202,25 +198,22 @@ base()
 
 killed_rebase()
 {
-	need jq
 	make_bases
-	changed_copy signal=SIGKILL
+	changed_copy signal=SIGKILL "$uri" "${uri/:\/\/\//:///other}"
 }
 
 failed_rebase()
 {
 	local -a calls=(ioctl mkdir rename clone)
 
-	need jq
 	make_bases
-	changed_copy error=EIO
+	changed_copy error=EIO "$uri" "$image"
 }
 
 stopped_rebase()
 {
-	need jq
 	make_bases
-	changed_copy signal=SIGTERM
+	changed_copy signal=SIGTERM "$image" "$uri"
 }
 
 killed_remove()

@@ -232,6 +232,12 @@ static uint64_t sample(uint64_t i, uint64_t samples, uint64_t blocks)
 	return first + random % (next - first);
 }
 
+static int fail_uncomparable(const struct args *args, const struct base *base, const char *why)
+{
+	return fail(-EIO, "the base of %s %s, so nothing can be compared; "
+		    "say force=true if %s has the same content", args->name, why, base->text);
+}
+
 static int compare(const struct args *args, int old, uint64_t old_bytes, const struct base *base,
 		   uint64_t *compared)
 {
@@ -248,9 +254,7 @@ static int compare(const struct args *args, int old, uint64_t old_bytes, const s
 			return fail(err, "base %s differs from the base of %s, at byte %" PRIu64,
 				    base->text, args->name, block * BLOCK_BYTES);
 		if (err == -EIO)
-			return fail(err, "the base of %s cannot be read, so nothing can be compared;"
-				    " say force=true if %s has the same content", args->name,
-				    base->text);
+			return fail_uncomparable(args, base, "cannot be read");
 		if (err == -EREMOTEIO)
 			return fail(err, "cannot read base %s", base->text);
 		if (err)
@@ -276,8 +280,7 @@ static int check_same(const struct args *args, const struct cow *cow, const stru
 		err = fail(-EIO, "base %s has %" PRIu64 " bytes, fewer than the %" PRIu64
 			   " of the base of %s", base->text, base->bytes, *old_bytes, args->name);
 	else if (!force && !*old_bytes)
-		err = fail(-EIO, "the base of %s is away, so nothing can be compared;"
-			   " say force=true if %s has the same content", args->name, base->text);
+		err = fail_uncomparable(args, base, "is away");
 	else if (!force)
 		err = compare(args, old, *old_bytes, base, compared);
 	if (old >= 0)
@@ -327,7 +330,7 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 	if (err)
 		return err;
 	if (compared && !args->json)
-		printf("compared %" PRIu64 " of %" PRIu64 " blocks with the old base: all are the same\n",
+		printf("compared %" PRIu64 " of %" PRIu64 " blocks with the old base: the same\n",
 		       compared, old_bytes / BLOCK_BYTES);
 	return 0;
 }

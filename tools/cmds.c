@@ -366,14 +366,18 @@ static int make_device(const struct args *args, const struct shape *shape,
 static int add_services(const struct args *args, const struct shape *shape,
 			const struct base *base)
 {
+	bool holes = shape->holes && strstr(base->text, "://");
 	struct cow cow;
-	int err = dm_find(args->mangled, &cow);
+	int err;
 
+	if (!shape->watched && !shape->partitions && !holes)
+		return 0;
+	err = dm_find(args->mangled, &cow);
 	if (!err && shape->watched)
 		err = watch_start(&cow, shape->watched);
 	if (!err && shape->partitions)
 		err = parts_map(cow.path);
-	if (!err && shape->holes)
+	if (!err && holes)
 		holes_start(&cow, base->text, base->bytes);
 	return err;
 }

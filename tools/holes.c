@@ -24,32 +24,44 @@
 #define REQUEST_BYTES	(UINT64_C(1) << 31)
 #define MESSAGE_BYTES	8192
 
-#define CALLS(CALL) \
-	CALL(create) \
-	CALL(add_meta_context) \
-	CALL(set_export_name) \
-	CALL(connect_unix) \
-	CALL(connect_tcp) \
-	CALL(can_meta_context) \
-	CALL(get_size) \
-	CALL(block_status) \
-	CALL(shutdown)
-
+/* What is used of libnbd. */
 static struct {
-#define DECLARE(name) __typeof__(&nbd_##name) name;
-	CALLS(DECLARE)
+	__typeof__(nbd_create) *create;
+	__typeof__(nbd_add_meta_context) *add_meta_context;
+	__typeof__(nbd_set_export_name) *set_export_name;
+	__typeof__(nbd_connect_unix) *connect_unix;
+	__typeof__(nbd_connect_tcp) *connect_tcp;
+	__typeof__(nbd_can_meta_context) *can_meta_context;
+	__typeof__(nbd_get_size) *get_size;
+	__typeof__(nbd_block_status) *block_status;
+	__typeof__(nbd_shutdown) *shutdown;
 } nbd;
 
 static bool load_libnbd(void)
 {
+	static const struct {
+		const char *name;
+		void *call;		/* where its address goes */
+	} calls[] = {
+		{ "nbd_create", &nbd.create },
+		{ "nbd_add_meta_context", &nbd.add_meta_context },
+		{ "nbd_set_export_name", &nbd.set_export_name },
+		{ "nbd_connect_unix", &nbd.connect_unix },
+		{ "nbd_connect_tcp", &nbd.connect_tcp },
+		{ "nbd_can_meta_context", &nbd.can_meta_context },
+		{ "nbd_get_size", &nbd.get_size },
+		{ "nbd_block_status", &nbd.block_status },
+		{ "nbd_shutdown", &nbd.shutdown },
+	};
 	void *library = dlopen("libnbd.so.0", RTLD_NOW | RTLD_LOCAL);
 
-#define LOOK_UP(name) \
-	if (library) \
-		nbd.name = (__typeof__(nbd.name))dlsym(library, "nbd_" #name); \
-	if (!nbd.name) \
-		return false;
-	CALLS(LOOK_UP)
+	for (size_t i = 0; i < sizeof(calls) / sizeof(calls[0]); i++) {
+		void *address = library ? dlsym(library, calls[i].name) : NULL;
+
+		if (!address)
+			return false;
+		memcpy(calls[i].call, &address, sizeof(address));
+	}
 	return true;
 }
 
@@ -120,6 +132,7 @@ static int connect_server(struct nbd_handle *handle, const struct nbd_uri *uri)
 
 static int learn(struct holes *holes)
 {
+	nbd_extent_callback callback = { .callback = add_extents, .user_data = holes };
 	struct nbd_handle *handle = nbd.create();
 	int64_t size;
 
@@ -135,12 +148,11 @@ static int learn(struct holes *holes)
 		holes->end = size - size % BLOCK_BYTES;
 	while (holes->offset < holes->end && !holes->err) {
 		uint64_t before = holes->offset, left = size - before;
+		uint64_t bytes = left < REQUEST_BYTES ? left : REQUEST_BYTES;
 
 		alarm(ANSWER_S);
-		if (nbd.block_status(handle, left < REQUEST_BYTES ? left : REQUEST_BYTES, before,
-				     (nbd_extent_callback){
-					     .callback = add_extents, .user_data = holes,
-				     }, 0) || holes->offset == before)
+		if (nbd.block_status(handle, bytes, before, callback, 0) ||
+		    holes->offset == before)
 			return -EIO;
 	}
 	if (holes->start != UINT64_MAX)
@@ -172,8 +184,7 @@ void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes)
 		return;
 	err = helper_start(cow->mangled, KIND, text, work, &holes, WAIT_MS);
 	if (err == -ENOPKG)
-		warn("the holes of %s stay unknown: libnbd is missing, which is in the package libnbd0",
-		     text);
+		warn("the holes of %s stay unknown: the package libnbd0 is missing", text);
 	else if (err && err != -ETIMEDOUT)
 		warn("the holes of %s stay unknown: its server does not tell them", text);
 }

@@ -54,7 +54,7 @@ static int start(const struct args *args, const struct cow *cow, const struct pr
 	err = dm_send(cow->uuid, message);
 	free(message);
 	if (err == -EBUSY)
-		return fail(err, "a prefetch of %s is under way; \"cowctl prefetch %s stop\" ends it",
+		return fail(err, "%s: a prefetch is under way; end it with \"prefetch %s stop\"",
 			    args->name, args->name);
 	return err ? fail(err == -EINVAL ? -EIO : err, "cannot prefetch %s: %s", args->name,
 			  strerror(-err)) : 0;

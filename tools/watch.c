@@ -16,7 +16,8 @@
 
 #define KIND		"watch"
 #define START_MS	30000
-#define CHANGES		(IN_CREATE | IN_DELETE | IN_MOVE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR)
+#define CHANGES		(IN_CREATE | IN_DELETE | IN_MOVE | IN_DELETE_SELF | IN_MOVE_SELF | \
+			 IN_ONLYDIR)
 
 struct watch {
 	const char *uuid;
