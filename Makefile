@@ -141,7 +141,7 @@ uninstall:
 #
 
 packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libelf-dev xz-utils \
-	zstd debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
+	zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
 	libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
 	xfsprogs strace
