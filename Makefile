@@ -141,10 +141,10 @@ uninstall:
 #
 
 packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libelf-dev xz-utils \
-	zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
-	libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
+	zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit \
+	nbd-client libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
-	xfsprogs strace
+	xfsprogs strace liburing-dev
 
 .PHONY: deps demo-deps
 deps: packages += $(check_packages)
