@@ -191,6 +191,7 @@ static struct {
 	const char *cgroup;	/* directory of a memory cgroup that is to be swapped out */
 	char **bases;
 	unsigned int nr_bases;
+	unsigned int nr_nowait;	/* so many of them, the first ones, know REQ_NOWAIT */
 } opt = { .seconds = 60, .threads = 4 };
 
 static uint64_t base_sectors;
@@ -198,6 +199,7 @@ static int fd = -1;		/* the device, O_DIRECT */
 static int cached_fd = -1;	/* the same without */
 static volatile bool stopping;
 static uint64_t total_ops;
+static uint64_t nowait_ops, nowait_again; /* with RWF_NOWAIT; ended with EAGAIN */
 static bool quiet;		/* a failure is no news: it is being made simpler */
 static bool broken;		/* the round has failed; told once */
 static uint64_t wrong_sector;	/* by a read, or UINT64_MAX */
@@ -615,6 +617,8 @@ static bool op_end(struct op *op, int result, enum outcome outcome)
 	op->result = result;
 	op->end = ++now;
 	total_ops++;
+	nowait_ops += !!(op->flags & NOWAIT);
+	nowait_again += op->flags & NOWAIT && result == -EAGAIN;
 	if (history[op->number % HISTORY].start == op->start)
 		history[op->number % HISTORY] = *op;
 	if (whole_device(op)) {
@@ -717,8 +721,8 @@ static bool finish(struct op *op, int result)
 		pthread_mutex_unlock(&model_lock);
 		right = op->start < limited;
 	}
-	/* a base that does not know it may have come with a new table */
-	if (result == -EOPNOTSUPP && op->flags & (NOWAIT | URING))
+	/* io_uring tries all with RWF_NOWAIT: a base that does not know it may be new */
+	if (result == -EOPNOTSUPP && op->flags & URING && !cfg.nowait)
 		right = true;
 	/* the page cache tells anybody that somebody's buffered write was lost */
 	if ((result == -EIO || result == -ENOSPC) && cfg.buffered && cfg.limits)
@@ -1331,6 +1335,12 @@ static void run_control(struct op *op, struct rng *rng)
 	op_end(op, 0, DONE);
 }
 
+/* With one base that does not know it, nobody may say RWF_NOWAIT. */
+static unsigned int random_base(struct rng *rng)
+{
+	return below(rng, cfg.nowait ? opt.nr_nowait : opt.nr_bases);
+}
+
 static struct op random_control(struct rng *rng, unsigned int thread)
 {
 	struct op op = { .thread = thread };
@@ -1343,7 +1353,7 @@ static struct op random_control(struct rng *rng, unsigned int thread)
 	op.suspended = op.kind != CLEAR_ALL && percent(rng, 30);
 	op.suspend_flags = (percent(rng, 50) ? DM_SKIP_LOCKFS_FLAG : 0) |
 			   (percent(rng, 30) ? DM_NOFLUSH_FLAG : 0);
-	op.base = below(rng, opt.nr_bases);
+	op.base = random_base(rng);
 	op.abandon = percent(rng, 20);
 	op.sectors = sizes[below(rng, percent(rng, 30) ? 3 : 1)];
 	if (op.abandon && percent(rng, 30))
@@ -1517,7 +1527,6 @@ static void start_round(uint64_t seed, struct rng *rng)
 	*rng = (struct rng){ seed };
 	cfg.seed = seed;
 	cfg.sectors = sizes[below(rng, 2)];
-	cfg.base = below(rng, opt.nr_bases);
 	cfg.buffered = percent(rng, 60) && opt.threads > 2 && with(BUFFERED_IO);
 	cfg.tmpfs = percent(rng, 40) && opt.tmpfs;
 	cfg.limits = (percent(rng, cfg.buffered ? 20 : 60) && with(LIMITS)) || cfg.tmpfs;
@@ -1525,7 +1534,8 @@ static void start_round(uint64_t seed, struct rng *rng)
 	cfg.total_limit = 0;
 	cfg.hot = hot[below(rng, 5)];
 	cfg.percent_hot = 50 + below(rng, 51);
-	cfg.nowait = percent(rng, 50) && with(NOWAITS);
+	cfg.nowait = percent(rng, 50) && opt.nr_nowait && with(NOWAITS);
+	cfg.base = random_base(rng);
 	cfg.big = percent(rng, 50) && with(BIG);
 	cfg.control = percent(rng, 70) && (with(CONTROL) || with(VM));
 	cfg.stripe = percent(rng, 25) && opt.threads > 1 ? stripes[below(rng, 4)] : 0;
@@ -1893,7 +1903,7 @@ static void usage(void)
 {
 	puts("usage: fuzz [OPTION]... BASE...\n"
 	     "BASE is a block device with the content that `io BASE 'write 0 end .'` gives; more\n"
-	     "than one must have the same.\n"
+	     "than one must have the same, those that know RWF_NOWAIT first.\n"
 	     "  --seed N       replays the run with this seed\n"
 	     "  --seconds N    how long, default 60; a round is always finished\n"
 	     "  --rounds N     how many rounds at most\n"
@@ -1978,15 +1988,26 @@ static bool parse_options(int argc, char **argv)
 	return opt.nr_bases && opt.threads && opt.threads <= THREADS;
 }
 
-static uint64_t size_of(const char *path)
+static void look_at_bases(void)
 {
-	int base = open(path, O_RDONLY | O_CLOEXEC);
+	char buf[4096] __attribute__((aligned(4096)));
+	struct iovec iov = { buf, sizeof(buf) };
+	unsigned int i;
 	uint64_t size;
 
-	if (base < 0 || ioctl(base, BLKGETSIZE64, &size))
-		die("%s: %s", path, strerror(errno));
-	close(base);
-	return size / SECTOR;
+	for (i = 0; i < opt.nr_bases; i++) {
+		int base = open(opt.bases[i], O_RDONLY | O_DIRECT | O_CLOEXEC);
+
+		if (base < 0 || ioctl(base, BLKGETSIZE64, &size))
+			die("%s: %s", opt.bases[i], strerror(errno));
+		if (i && size / SECTOR != base_sectors)
+			die("%s has another size", opt.bases[i]);
+		base_sectors = size / SECTOR;
+		if (i == opt.nr_nowait &&
+		    (preadv2(base, &iov, 1, 0, RWF_NOWAIT) >= 0 || errno == EAGAIN))
+			opt.nr_nowait++;
+		close(base);
+	}
 }
 
 static void read_total_limit(void)
@@ -2015,7 +2036,7 @@ int main(int argc, char **argv)
 	model = calloc(MODEL, sizeof(*model));
 	if (!model)
 		die("out of memory");
-	base_sectors = size_of(opt.bases[0]);
+	look_at_bases();
 	read_total_limit();
 	printf("# seed %" PRIu64 ", %u threads\n", opt.seed, opt.threads);
 	seeds.state = opt.seed;
@@ -2042,6 +2063,8 @@ int main(int argc, char **argv)
 		end_round();
 		return 1;
 	}
-	printf("# %u rounds, %" PRIu64 " operations, nothing wrong\n", cfg.number, total_ops);
+	printf("# %ld s: %u rounds, %" PRIu64 " operations (%" PRIu64 " with RWF_NOWAIT, %" PRIu64
+	       " of them ended with EAGAIN), nothing wrong\n", time(NULL) - start, cfg.number,
+	       total_ops, nowait_ops, nowait_again);
 	return 0;
 }

@@ -11,7 +11,7 @@
 CGROUP=/sys/fs/cgroup/test-fuzz
 
 # The bases end within a block, shortly after a leaf of the map does: 64.25 MiB
-# and three sectors. One is slow in half of what is used most, so that reads of
+# and three sectors. The last is slow in half of what is used most, so that reads of
 # it overlap with what follows. /dev/ram1 is for swap.
 fixture()
 {
@@ -22,6 +22,7 @@ fixture()
 	unguard /dev/ram1
 	need_module dm-delay
 	make_dm test-fast "0 $sectors linear /dev/ram0 0"
+	make_dm test-twin "0 $sectors linear /dev/ram0 0"
 	make_dm test-slow "0 1024 delay /dev/ram0 0 1
 1024 130304 linear /dev/ram0 1024
 131328 $((sectors - 131328)) delay /dev/ram0 131328 1"
@@ -44,7 +45,7 @@ play()
 	local -a seed=()
 
 	[ -z "${FUZZ_SEED:-}" ] || seed=(--seed "$FUZZ_SEED")
-	fuzz --seconds "$1" "${seed[@]}" "${@:2}" /dev/mapper/test-{fast,slow}
+	fuzz --seconds "$1" "${seed[@]}" "${@:2}" /dev/mapper/test-{fast,twin,slow}
 }
 
 one_thread()
