@@ -144,7 +144,7 @@ packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libel
 	zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit \
 	nbd-client libnbd-bin dmsetup e2fsprogs fdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
-	xfsprogs strace liburing-dev
+	xfsprogs strace liburing-dev spin
 
 .PHONY: deps demo-deps
 deps: packages += $(check_packages)
