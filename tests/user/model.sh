@@ -4,7 +4,7 @@
 # A rare meeting of requests would lose data: tests/model/overlay.pml, in every
 # interleaving, and whether spin notices when a protection is missing.
 #
-# MODEL_LONG=1 adds a run of some minutes and gigabytes.
+# MODEL_LONG=1 adds runs of some minutes and gigabytes.
 
 # shellcheck source=tests/user/tap.sh
 . "$(dirname "$0")/tap.sh"
@@ -69,11 +69,15 @@ three=(-DMEMORY=0)
 two=(-DOPS2=0)
 holds two 'two clients, and allocations that fail' "${two[@]}" -DFAIL=1
 holds three 'three clients' "${three[@]}"
-holds swapped 'three clients on one layer, while memory is short' -DLAYERS=1
+# reads, partial writes, discards
+holds swapped 'three clients on one layer, while memory is short' -DLAYERS=1 -DKINDS=21
 # two reads; growth; a discard and a partial write
 growth=(-DMEMORY=0 -DOPS0=2 -DOPS2=2 -DKIND1=0 -DKIND2=0 -DKIND3=6 -DKIND4=4 -DKIND5=2)
 holds growth 'five operations around growth' "${growth[@]}"
-[ -z "${MODEL_LONG:-}" ] || holds long 'three clients, while memory is short'
+if [ -n "${MODEL_LONG:-}" ]; then
+	holds long1 'three clients on one layer, everything, while memory is short' -DLAYERS=1
+	holds long2 'two operations each of two clients' "${two[@]}" -DMEMORY=0 -DOPS0=2 -DOPS1=2
+fi
 
 # Whatever the model can do without, with two clients unless it takes more.
 while read -r mutant; do
