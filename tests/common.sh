@@ -340,6 +340,41 @@ status_is()
 }
 
 #
+# Overlays that are swapped out
+#
+
+SWAPPED=/sys/fs/cgroup/test-swapped
+
+# make_swapped_cow NAME SECTORS BASE DEVICE: the kernel swaps to DEVICE; what
+# the overlay stores is all that is in a memory cgroup, $SWAPPED
+make_swapped_cow()
+{
+	local name=$1 sectors=$2 base=$3 swap=$4
+
+	need mkswap swapon
+	[ -e /sys/fs/cgroup/cgroup.controllers ] || skip 'needs cgroup v2'
+	echo +memory >/sys/fs/cgroup/cgroup.subtree_control || skip 'needs the memory controller'
+	mkdir $SWAPPED
+	undo rmdir $SWAPPED
+	[ -e $SWAPPED/memory.reclaim ] || skip 'needs memory.reclaim'
+	# older kernels would reach a RAM disk itself without any bio
+	make_dm test-swap "0 $(blockdev --getsz "$swap") linear $swap 0"
+	mkswap /dev/mapper/test-swap
+	swapon -p 30000 /dev/mapper/test-swap
+	undo swapoff /dev/mapper/test-swap
+	within_cgroup $SWAPPED dmsetup create "$name" --table "0 $sectors nbdcow $base"
+	undo dmsetup remove --retry "$name"
+}
+
+# within_cgroup DIRECTORY COMMAND...
+within_cgroup()
+(
+	echo $BASHPID >"$1/cgroup.procs"
+	shift
+	exec "$@"
+)
+
+#
 # The runner
 #
 
@@ -363,11 +398,11 @@ kernel_log()
 }
 
 # Any of these in the log is a failure; errors of I/O are not.
-bug='WARNING:|BUG:|BUG at|KASAN|KCSAN|UBSAN|ODEBUG|Oops|general protection'
-bug+='|blocked for more than|possible (circular|recursive)|inconsistent lock'
-bug+='|suspicious RCU|sleeping function|corruption|refcount_t|DEBUG_LOCKS'
-bug+='|Objects remaining|[Bb]ad page|detected stall'
-complaint="$bug|Call Trace|page allocation failure|Out of memory|invoked oom-killer"
+complaint='WARNING:|BUG:|BUG at|KASAN|KCSAN|UBSAN|Oops|Call Trace|general protection'
+complaint+='|blocked for more than|possible (circular|recursive)|inconsistent lock'
+complaint+='|suspicious RCU|sleeping function|kmemleak|corruption|refcount_t|DEBUG_LOCKS'
+complaint+='|page allocation failure|Objects remaining|[Bb]ad page|detected stall'
+complaint+='|Out of memory|invoked oom-killer'
 
 check_log()
 {
@@ -433,7 +468,8 @@ run_undo()
 	set +e
 	trap - ERR
 	for ((i = ${#undo_list[@]} - 1; i >= 0; i--)); do
-		eval "${undo_list[i]}" || { echo "cannot undo: ${undo_list[i]}"; rc=1; }
+		# one that ends the shell must not keep the others from running
+		(eval "${undo_list[i]}") || { echo "cannot undo: ${undo_list[i]}"; rc=1; }
 	done
 	return $rc
 }
