@@ -220,10 +220,41 @@ objects()
 
 module_stays_while_used()
 {
-	make_cow test-cow 2048 "$dev"
+	local player i
+
+	# a table that nobody has taken over yet is a use
+	dmsetup create test-cow --notable
+	undo dmsetup remove --retry test-cow
+	dmsetup load test-cow --table "0 4096 nbdcow $dev"
 	fails rmmod dm-nbdcow
-	io /dev/mapper/test-cow 'write 0 4k A' 'check 0 4k A'
+	dmsetup resume test-cow
+	dmsetup suspend test-cow
+	fails rmmod dm-nbdcow
+	dmsetup resume test-cow
+	io /dev/mapper/test-cow "model $(blockdev --getsize64 "$dev")" 'random 1 1000' verify &
+	player=$!
+	for ((i = 0; i < 20; i++)); do
+		fails rmmod dm-nbdcow
+	done
+	wait $player
 	is 'the number of words of a status' "$(dmsetup status test-cow | wc -w)" 10
+}
+
+# Right after the last device, of which parts are still being freed.
+module_goes()
+{
+	local i
+
+	[ "$refcnt_before" = 0 ] || skip 'others use the module'
+	for i in 1 2 3 4 5; do
+		make_cow test-cow 262144 "$dev"
+		io /dev/mapper/test-cow 'write 0 1M A' 'write 9s 1s B' 'write 70M 64k A' \
+			'discard 0 64M'
+		dmsetup remove test-cow
+		unset 'undo_list[-1]'
+		rmmod dm-nbdcow
+		modprobe dm-nbdcow
+	done
 }
 
 read_only_device()
@@ -245,4 +276,5 @@ run_tests \
 	alone_in_a_table 'rejects a table with other lines' \
 	rejected_tables_cost_nothing 'rejected tables leak nothing' \
 	module_stays_while_used 'the module cannot go while a device uses it' \
+	module_goes 'the module can go when no device is left' \
 	read_only_device 'a read-only device'
