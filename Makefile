@@ -32,6 +32,8 @@ help:
 	@echo '  make check-kernels   the tests in virtual machines on each supported kernel'
 	@echo '  make check-debug     the same on kernels built to find faults (KASAN, KCSAN...);'
 	@echo '                       both end with a table, and take KERNELS and TESTS as well'
+	@echo '  make fuzz            the fuzzer for an hour, on the newest kernel and two CPUs;'
+	@echo '                       FUZZ_SECONDS=3600, FUZZ_SEED=N'
 	@echo '  RUNNING_KERNEL=1     with demo or check, as root: here and now, no virtual machine'
 	@echo '  tests/vm/run COMMAND any command in such a machine; its first lines tell more'
 	@echo
@@ -173,7 +175,7 @@ deps demo-deps debug-deps:
 	$$sudo apt-get update -q && \
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
-.PHONY: demo check check-kernels check-debug
+.PHONY: demo check check-kernels check-debug fuzz
 demo: demo-deps
 	$(Q)demo/run
 check: deps
@@ -184,6 +186,10 @@ check-kernels: deps
 check-debug: export KERNELS = debug kcsan
 check-debug: debug-deps
 	$(Q)tests/run-tests --table
+FUZZ_SECONDS ?= 3600
+fuzz: debug-deps
+	$(Q)tests/vm/run -k smp -t $$(($(FUZZ_SECONDS) * 2 + 600)) \
+		env V=1 FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) tests/fuzz.sh
 
 .PHONY: clean distclean
 clean:
