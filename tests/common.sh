@@ -384,8 +384,26 @@ mark_log()
 	echo "<6>$log_mark" >/dev/kmsg
 }
 
-# What the kernel said since the mark.
+# What the kernel said since the mark, but for data races that others have (KCSAN).
 kernel_log()
+{
+	log_since_mark | awk '
+	index($0, "==================================================================") {
+		if (!inside++) {
+			report = $0
+			next
+		}
+		inside = 0
+		if (report !~ /KCSAN/ || report ~ /\[dm_nbdcow\]/)
+			print report "\n" $0
+		next
+	}
+	inside { report = report "\n" $0; next }
+	{ print }
+	END { if (inside) print report }'
+}
+
+log_since_mark()
 {
 	local -a lines
 	local i
