@@ -24,7 +24,7 @@
  * reach is the order of memory accesses, which is sequentially consistent here: the
  * release of word_change() and the acquire of nbdcow_map_run(), the reference before
  * the look in nbdcow_store_find(). Those are left to the thread sanitizer (map.sh)
- * and to KCSAN. Partial writes that share a read of the base are in rmw.pml.
+ * and to KCSAN. Nor is base.c in it: each partial write reads the base for itself.
  *
  * Some lines could go without a loss in this model, so they are no mutants.
  * set_page_dirty() in rewrite(): a locked page of the file is dirty since its install
