@@ -83,17 +83,16 @@ static char *mounted_on(dev_t dev)
 	unsigned int maj, min;
 	size_t size = 0;
 
-	while (mounts && !where && getline(&line, &size, mounts) > 0)
-		if (sscanf(line, "%*d %*d %u:%u %*s %ms", &maj, &min, &where) == 3 &&
-		    !is_part_of(makedev(maj, min), dev)) {
+	while (mounts && !where && getline(&line, &size, mounts) > 0) {
+		where = parse_mount(line, &maj, &min);
+		if (where && !is_part_of(makedev(maj, min), dev)) {
 			free(where);
 			where = NULL;
 		}
+	}
 	free(line);
 	if (mounts)
 		fclose(mounts);
-	if (where)
-		unescape_octal(where);
 	return where;
 }
 

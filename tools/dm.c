@@ -264,7 +264,6 @@ out:
  */
 static const char *reason(int kmsg, int err, char *text, size_t size)
 {
-	static const char mark[] = ": " TARGET ": ";
 	ssize_t n;
 
 	while (kmsg >= 0 && ((n = read(kmsg, text, size - 1)) > 0 || (n < 0 && errno == EPIPE))) {
@@ -273,11 +272,9 @@ static const char *reason(int kmsg, int err, char *text, size_t size)
 		if (n < 0)
 			continue;	/* the log has gone on so far that some is lost */
 		text[n] = '\0';
-		found = strstr(text, mark);
-		if (found && strstr(text, "device-mapper: table:")) {
-			found[strcspn(found, "\n")] = '\0';
-			return found + strlen(mark);
-		}
+		found = table_error(text);
+		if (found)
+			return found;
 	}
 	return strerror(-err);
 }

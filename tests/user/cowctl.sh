@@ -27,7 +27,7 @@ check()
 build()
 {
 	"$CC" "${flags[@]}" -o "$out/cowctl" tools/*.c "${libraries[@]}" &&
-		"$CC" "${flags[@]}" -o "$out/parsers_test" tests/user/parsers_test.c tools/util.c
+		"$CC" "${flags[@]}" -o "$out/parsers_test" tests/user/parsers_test.c tools/parse.c
 }
 
 parsers()
