@@ -52,6 +52,8 @@ static int write_record(void *arg)
 	int err = write_file(record->path, text);
 
 	free(text);
+	if (err)
+		fprintf(stderr, "cannot write %s: %s\n", record->path, strerror(-err));
 	return err;
 }
 

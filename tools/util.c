@@ -170,13 +170,17 @@ static void __attribute__((noreturn)) run_child(const struct run *run, int err_f
 		sigprocmask(SIG_SETMASK, &none, NULL);
 	if (run->keep_fd >= 0)
 		fcntl(run->keep_fd, F_SETFD, 0);
-	if (run->in_child && run->in_child(run->arg))
-		_exit(126);
 	dup2(null, STDIN_FILENO);
 	dup2(null, STDOUT_FILENO);
+	/* What is said here becomes the message, as what the program says does. */
 	dup2(err_fd, STDERR_FILENO);
+	if (run->in_child && run->in_child(run->arg))
+		_exit(126);
 	execvp(run->argv[0], (char *const *)run->argv);
-	_exit(errno == ENOENT ? 127 : 126);
+	if (errno == ENOENT)
+		_exit(127);
+	fprintf(stderr, "it cannot be started: %m\n");
+	_exit(126);
 }
 
 /* Waits for @pid_fd, until @run's deadline or a signal; reads @err_fd meanwhile. */
