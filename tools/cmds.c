@@ -527,7 +527,7 @@ static int remove_locked(const struct args *args)
 	/* Without a device there may still be the end of an earlier remove to do. */
 	if (err == -ENODEV && !nbd_find(args->mangled, &link))
 		return nbd_release(args->mangled);
-	if (err || cow.state != COW_HALF_MADE)
+	if (err == -ENODEV || (!err && cow.state != COW_HALF_MADE))
 		err = find_cow(args, &cow);
 	if (err)
 		return err;
