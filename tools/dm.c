@@ -219,6 +219,10 @@ int dm_find(const char *mangled, struct cow *cow)
 		dm_task_destroy(task);
 	if (err && err != -ENODEV)
 		fail_query(err, mangled);
+	/* Where no udev makes nodes, a create that was killed may have made none. */
+	if (!err && cow->state == COW_LIVE && !dm_udev_get_sync_support() &&
+	    access(cow->path, F_OK))
+		dm_mknodes(cow->mangled);
 	return err;
 }
 
