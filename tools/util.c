@@ -264,5 +264,9 @@ int run(struct run *run)
 	if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
 		return fail(-ENOPKG, "%s is not installed; it is in the package %s",
 			    run->argv[0], run->package);
-	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+	if (WIFEXITED(status))
+		return WEXITSTATUS(status);
+	snprintf(run->message, sizeof(run->message), "it was killed by signal %d",
+		 WTERMSIG(status));
+	return 128 + WTERMSIG(status);
 }
