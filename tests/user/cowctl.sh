@@ -215,12 +215,25 @@ wrong_arguments()
 	wants 2 'base= has no value' create base= &&
 	wants 2 'base= is given twice' create base=a base=b &&
 	wants 2 'the name "" is empty' remove '' &&
-	wants 2 'contains a slash' remove a/b &&
 	wants 2 'contains a slash or backslash' remove 'a\b' &&
 	wants 2 'cannot be printed' remove $'a\nb' &&
 	wants 2 'longer than 127 bytes' remove "$(printf %0128d 0)" &&
 	wants 2 'count as four' remove "$(printf '%032d' 0 | tr 0 ' ')" &&
 	wants 2 'is reserved' remove control
+}
+
+wrong_names()
+{
+	local command name
+
+	for command in create remove status reset set export unexport; do
+		for name in '' / a/b ../x 'a\b' . .. control $'a\nb' $'a\e[31m' $'\xff' $'\xc2\x9b' \
+			"$(printf %0128d 0)" "$(printf %032d 0 | tr 0 ' ')"; do
+			# create takes what has a slash in it for a base
+			[[ $command = create && $name = */* ]] ||
+				wants 2 'the name' "$command" "$name" || return
+		done
+	done
 }
 
 right_questions()
@@ -273,6 +286,7 @@ fuzz
 check 'help, version' right_questions
 check 'without a command there is help, and a status of 2' nothing_to_do
 check 'wrong arguments get one sentence and a status of 2' wrong_arguments
+check 'wrong names do with each command' wrong_names
 if [ "$(id -u)" = 0 ]; then
 	check 'without root each command says so, and has a status of 5' no_root
 else
