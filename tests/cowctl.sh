@@ -8,10 +8,10 @@
 
 run_dir=/run/cowctl
 
-# On one kernel it is the program with the sanitizers, if tests/user/cowctl.sh has just
-# built it. Where they find something it ends with a report instead of a sentence.
+# On kernels newer than 6.1 it is the program with the sanitizers, if tests/user/cowctl.sh
+# has built it. Where they find something it ends with a report instead of a sentence.
 sanitized=$(dirname "$0")/../build/user/cowctl
-if [[ $(uname -r) = 6.1.* && -x $sanitized/cowctl ]] &&
+if [[ $(uname -r) != 6.1.* && -x $sanitized/cowctl ]] &&
 		[ -z "$(find "$(dirname "$0")/../tools" -newer "$sanitized/cowctl")" ]; then
 	PATH=$(realpath "$sanitized"):$PATH
 	echo '# with sanitizers'
