@@ -108,6 +108,9 @@ discard()
 {
 	step 'before write 64k 64k B' 'after status test-cow used=8 zeroed=16' \
 		'faults discard 96k 64k'
+	# where the map has nothing yet
+	io $COW 'before message test-cow reset' 'before model 2M' \
+		'after status test-cow used=0 zeroed=16' 'faults discard 96k 64k'
 }
 
 discard_everything()
