@@ -26,12 +26,17 @@ all: tool $(if $(plugin_dir),,no-plugin) $(if $(release),module,no-module)
 
 .PHONY: help
 help:
-	@echo 'Try it, on Debian 12 or 13; both install what they need from Debian (as root or'
+	@echo 'Try it, on Debian 12 or 13; these install what they need from Debian (as root or'
 	@echo 'with sudo) and run in throw-away virtual machines with stock Debian kernels:'
 	@echo '  make demo            the whole story on a real disk image, in a few minutes'
 	@echo '  make check           all checks and tests; ends with "N passed, N failed"'
 	@echo '                       KERNELS="$(KERNELS)": the kernels to test on'
 	@echo '                       TESTS="data limit": only these scripts of tests/'
+	@echo '  make check-kernels   the tests in virtual machines on each supported kernel'
+	@echo '  make check-debug     the same on kernels built to find faults (KASAN, KCSAN...);'
+	@echo '                       both end with a table, and take KERNELS and TESTS as well'
+	@echo '  make fuzz            the fuzzer for an hour, on the newest kernel and two CPUs;'
+	@echo '                       FUZZ_SECONDS=3600, FUZZ_SEED=N'
 	@echo '  RUNNING_KERNEL=1     with demo or check, as root: here and now, no virtual machine'
 	@echo '  tests/vm/run COMMAND any command in such a machine; its first lines tell more'
 	@echo
@@ -66,8 +71,11 @@ need-headers:
 	@[ -n '$(release)' ] || { $(MAKE) -s no-module >&2; exit 1; }
 
 # Debian's headers name the compiler of their kernel; where it is missing any will do.
+# tests/vm/kernels may have put the one of a newer Debian beside them.
+chroot := $(wildcard $(KDIR)/chroot)
 kcc = $(shell sed -n 's/^CC = .*\(gcc-[0-9]*\)$$/\1/p' $(KDIR)/.kernelvariables 2>/dev/null)
-kmake = $(MAKE) -C $(KDIR) $(if $(Q),-s) $(if $(kcc),$(if $(shell command -v $(kcc)),,CC=gcc)) \
+kmake = $(if $(chroot),tests/vm/chroot $(chroot) make,$(MAKE)) -C $(KDIR) $(if $(Q),-s) \
+	$(if $(kcc),$(if $(chroot)$(shell command -v $(kcc)),,CC=gcc)) \
 	$(if $(WERROR),KCFLAGS=-Werror W=1 C=1 CF=-Wsparse-error)
 
 # Kbuild builds beside the sources, so it is given links to them.
@@ -90,7 +98,7 @@ warnings := -Wall -Wextra -Wshadow -Wno-missing-field-initializers $(if $(WERROR
 plugin_source := tools/nbdkit-nbdcow-plugin.c
 tool_objects := $(patsubst tools/%.c,$(B)/tools/%.o,$(filter-out $(plugin_source),$(wildcard tools/*.c)))
 # The plugin has some files of the tool in it.
-plugin_objects := $(patsubst %,$(B)/plugin/%.o,nbdkit-nbdcow-plugin dm loop util)
+plugin_objects := $(patsubst %,$(B)/plugin/%.o,nbdkit-nbdcow-plugin dm loop parse util)
 
 .PHONY: tool plugin no-plugin test-helpers man
 tool: $(B)/cowctl $(if $(plugin_dir),plugin)
@@ -167,15 +175,20 @@ uninstall:
 # Try and check
 #
 
-packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libnbd-dev libelf-dev xz-utils \
-	zstd debian-archive-keyring qemu-system-x86 qemu-utils busybox-static nbdkit nbd-client \
-	nbdkit-plugin-dev libnbd-bin dmsetup e2fsprogs fdisk gdisk kpartx mmdebstrap
+packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libnbd-dev \
+	libelf-dev xz-utils zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils \
+	busybox-static nbdkit nbdkit-plugin-dev nbd-client libnbd-bin dmsetup e2fsprogs fdisk \
+	gdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
-	xfsprogs strace python3-libnbd
+	xfsprogs strace liburing-dev spin python3-libnbd
 
-.PHONY: deps demo-deps
-deps: packages += $(check_packages)
-deps demo-deps:
+# to build kernels
+debug_packages := flex bison bc
+
+.PHONY: deps demo-deps debug-deps
+deps debug-deps: packages += $(check_packages)
+debug-deps: packages += $(debug_packages)
+deps demo-deps debug-deps:
 	$(Q)missing=; for package in $(packages); do \
 		[ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || \
 			missing="$$missing $$package"; \
@@ -190,11 +203,21 @@ deps demo-deps:
 	$$sudo apt-get update -q && \
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
-.PHONY: demo check
+.PHONY: demo check check-kernels check-debug fuzz
 demo: demo-deps
 	$(Q)demo/run
 check: deps
 	$(Q)tests/run-tests
+check-kernels: export KERNELS = 6.1 6.12 7.3
+check-kernels: deps
+	$(Q)tests/run-tests --table
+check-debug: export KERNELS = debug kcsan
+check-debug: debug-deps
+	$(Q)tests/run-tests --table
+FUZZ_SECONDS ?= 3600
+fuzz: debug-deps
+	$(Q)tests/vm/run -k smp -t $$(($(FUZZ_SECONDS) * 2 + 600)) \
+		env V=1 FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) tests/fuzz.sh
 
 .PHONY: clean distclean
 clean:

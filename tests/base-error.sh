@@ -162,6 +162,67 @@ hung_server()
 	between 'base read errors' "$(field test-cow errors)" 2 20
 }
 
+# A base that is suspended: what needs it waits, and then gets the right bytes.
+suspended_base()
+{
+	make_brd 4096
+	make_dm test-under '0 8192 linear /dev/ram0 0'
+	make_cow test-cow 8192 "$REPLY"
+	undo dmsetup resume test-under
+	io $COW "${CHANGE[@]}" 'suspend test-under' 'bg check 1M 64k .' 'bg check 60k 8k ?' \
+		'submit write 300k 512 X' 'submit write 1201s 3s X' \
+		"inflight $COW 4" 'check 0 64k A' 'write 512k 64k C' 'is 2M AAAAAAAA' \
+		'discard 1M 64k' 'check 1M 64k 0' 'message test-cow limit 100' 'pending 4' \
+		'resume test-under' reap join 'is 300k X.......' 'is 1200s .XXX....' \
+		'check 512k 64k C' 'check 1M 64k 0' 'check 1088k 960k .'
+	status_is test-cow health=ok errors=0 used=$((18 + 16 + 2))
+}
+
+# What waits is of the time before the reset, and ends after it.
+reset_of_a_hung_base()
+{
+	make_brd 4096
+	make_dm test-under '0 8192 linear /dev/ram0 0'
+	make_cow test-cow 8192 "$REPLY"
+	undo dmsetup resume test-under
+	io $COW "${CHANGE[@]}" 'suspend test-under' 'submit write 300k 512 X' 'bg check 1M 64k .' \
+		"inflight $COW 2" 'message test-cow reset' 'pending 2' 'resume test-under' reap join \
+		'is 300k X.......' 'check 0 300k .' 'check 304k end .'
+	status_is test-cow health=ok errors=0 used=1
+}
+
+slow_base()
+{
+	need_module dm-delay
+	make_brd 4096
+	make_dm test-under '0 8192 delay /dev/ram0 0 3'
+	make_cow test-cow 8192 "$REPLY"
+	io $COW 'model 4M' 'random 3 400' verify
+	status_is test-cow health=ok errors=0
+}
+
+# Each write fails or works, whichever it says.
+flakey_base()
+{
+	local -a commands=()
+	local i errors
+
+	need_module dm-flakey
+	make_brd 4096
+	# up for a second, down for another
+	make_dm test-under '0 8192 flakey /dev/ram0 0 1 1'
+	make_cow test-cow 8192 "$REPLY"
+	for ((i = 0; i < 40; i++)); do
+		commands+=("try write $((16 * i + 1))s 5s A" "try check $((16 * i))s 16s ?"
+			"try zerorange $((16 * i + 3))s 1s" 'run sleep 0.1')
+	done
+	io $COW 'model 4M' "${commands[@]}" 'load test-under 8192 linear /dev/ram0 0' \
+		'resume test-under' verify
+	errors=$(field test-cow errors)
+	between 'base read errors' "$errors" 10 110
+	status_is test-cow health=ok
+}
+
 # told MESSAGE: a table was refused for this reason
 told()
 {
@@ -281,6 +342,10 @@ run_tests \
 	killed_server 'an NBD server that is killed and started anew' \
 	killed_server_replaced 'an NBD server that is killed and replaced' \
 	hung_server 'an NBD server that does not answer' \
+	suspended_base 'a base that is suspended, and returns' \
+	reset_of_a_hung_base 'a reset while the base is suspended' \
+	slow_base 'a base that is slow' \
+	flakey_base 'a base that comes and goes' \
 	read_only 'a read-only disk' \
 	read_only_loop 'a read-only loop device' \
 	shrunk 'a base that shrinks' \

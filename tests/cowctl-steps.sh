@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 # If this fails, a command of cowctl that fails, is interrupted or killed in the
-# middle leaves something behind, or something that its next run stumbles over.
+# middle, or meets another one, leaves something behind, or something that its next
+# run stumbles over.
 
 . "$(dirname "$0")/common.sh"
 
@@ -10,22 +11,33 @@ run_dir=/run/cowctl
 COW=/dev/mapper/test-cow
 
 # The system calls that change something, or wait for another program ...
-calls=(ioctl mkdir rename unlink clone poll wait4)
-# ... but for those that only ask.
+calls=(ioctl mkdir openat mknodat rename unlink clone poll wait4 pidfd_send_signal)
+# ... but for those that only ask, or change nothing any more.
 questions='DM_VERSION|DM_LIST_VERSIONS|DM_LIST_DEVICES|DM_DEV_STATUS|DM_TABLE_STATUS'
-questions+='|BLKGETSIZE64|TCGETS|EEXIST'
+questions+='|BLKGETSIZE64|TCGETS|EEXIST|ENOENT|ESRCH|O_RDONLY|O_RDWR[)]|O_RDWR[|]O_CLOEXEC[)]'
+
+# cowctl takes the same steps on all kernels: on newer ones a third of them will do.
+case $(uname -r) in
+6.1.*)	every=1 ;;
+*)	every=3 ;;
+esac
 
 # list_steps COMMAND...: runs it and leaves its steps in $steps, as CALL=NUMBER.
 list_steps()
 {
+	local i
+
 	strace -qq -o "$work/trace" -e "trace=$(IFS=,; echo "${calls[*]}")" "$@"
-	mapfile -t steps < <(awk -F '(' -v questions="$questions" '/^[a-z0-9]+\(/ {
+	mapfile -t steps < <(awk -F '(' -v questions="$questions" '/^[a-z0-9_]+\(/ {
 		count[$1]++
 		if ($0 !~ questions)
 			print $1 "=" count[$1]
 	}' "$work/trace")
 	echo "${#steps[@]} steps of $*: ${steps[*]}"
-	between 'the number of steps' ${#steps[@]} 4 100
+	between 'the number of steps' ${#steps[@]} 1 100
+	for i in "${!steps[@]}"; do
+		[ $((i % every)) = 0 ] || unset "steps[i]"
+	done
 }
 
 # at STEP WHAT COMMAND...: runs it, and at that step WHAT happens, in strace's words.
@@ -38,31 +50,90 @@ at()
 	rc=0
 	strace -qq -o "$work/trace" -e "trace=$call" -e "inject=$call:$what:when=$n" "$@" \
 		>"$work/output" 2>&1 || rc=$?
-	echo "$call $n of $2 $3: status $rc"
+	echo "$call $n of $2 $3: status $rc: $(<"$work/output")"
 }
 
-connections()
+# disturb WHAT BEFORE AFTER COMMAND...: the command, once with nothing and once with
+# WHAT happening at each of its steps; these functions prepare it and look at the end.
+disturb()
 {
-	cat /sys/block/nbd*/pid 2>/dev/null | wc -l
+	local what=$1 before=$2 after=$3 step rc=0
+
+	shift 3
+	$before
+	list_steps "$@"
+	$after "$@"
+	for step in "${steps[@]}"; do
+		$before
+		at "$step" "$what" "$@"
+		$after "$@"
+	done
 }
 
-nothing_left()
+# after_kill STATUS COMMAND...: it was killed, if it had that step; it works when given
+# again, or has nothing to do any more and says so with that status.
+after_kill()
 {
-	fails dmsetup info test-cow
-	is 'the loop devices left' "$(losetup -a | grep "($work" || :)" ''
-	is 'the number of connections left' "$(connections)" 0
-	not_exported
+	local status=$1 again=0
+
+	shift
+	[ "$rc" = 137 ] || [ "$rc" = 0 ] || fail "its status was $rc"
+	"$@" || again=$?
+	[ $again = 0 ] || [ $again = "$status" ] || fail "given again its status was $again"
+}
+
+# all_or_nothing STATUS: it ended by itself, or with that status and one sentence.
+all_or_nothing()
+{
+	[ "$rc" != 0 ] || return 0
+	is 'the status' "$rc" "$1"
+	[ "$rc" = 143 ] || is 'the number of sentences' "$(grep -c ^cowctl: "$work/output")" 1
+}
+
+#
+# What there is; asked of the kernel without a program for each question, for they take
+# most of the time in an emulated machine.
+#
+
+exists()
+{
+	[ -e /dev/mapper/test-cow ]
+}
+
+# servers: how many serve copies of ours, in $REPLY
+servers()
+{
+	local file args
+
+	REPLY=0
+	for file in /proc/[0-9]*/cmdline; do
+		mapfile -d '' -t args 2>/dev/null <"$file" || continue
+		[[ ${args[0]:-} = *nbd* && ${args[*]} = *"$run_dir/test"* ]] || continue
+		REPLY=$((REPLY + 1))
+	done 2>/dev/null
 }
 
 not_exported()
 {
-	is 'the files left' "$(find $run_dir -name 'test*')" ''
-	is 'the servers left' "$(pgrep -af "$run_dir/test" || :)" ''
+	! compgen -G "$run_dir/test*" || fail 'files are left'
+	servers
+	is 'the number of servers' $REPLY 0
 }
 
-exists()
+nothing_left()
 {
-	cowctl status test-cow >/dev/null 2>&1
+	local file text
+
+	for file in /sys/block/*/dm/name /sys/block/loop*/loop/backing_file; do
+		[ -e "$file" ] || continue
+		read -r text <"$file"
+		case $text in
+		test-cow | "$work/disk.img") fail "left: $file" ;;
+		esac
+	done
+	! compgen -G '/sys/block/nbd*/pid' || fail 'a connection is left'
+	! exists || fail 'a node is left'
+	not_exported
 }
 
 sweep()
@@ -82,78 +153,129 @@ make_image_content()
 	losetup -d "$loop"
 }
 
-# $image and $uri: bases that take a step before the copy is made
+# $device, $image, $uri and $tcp: bases, of which all but the first take steps before
+# the copy is made
 make_bases()
 {
+	local pid
+
 	need cowctl strace nbdkit nbd-client
 	need_module nbd
+	make_brd 1024
+	device=base=$REPLY
 	make_file disk.img 1M
 	make_image_content
 	image=base=$work/disk.img
-	undo rm -f "$work/socket"
+	# or the next test would take these process ids for those of its servers
+	undo rm -f "$work"/{socket,socket.pid,tcp.pid}
 	start_nbdkit "$work/socket" file "$work/disk.img"
 	uri="base=nbd+unix:///?socket=$work/socket"
+	nbdkit -i 127.0.0.1 -p 10999 -P "$work/tcp.pid" file "$work/disk.img"
+	wait_until 10 test -s "$work/tcp.pid"
+	pid=$(<"$work/tcp.pid")
+	undo stop_nbdkit "$pid"
+	tcp=base=nbd://127.0.0.1:10999
 	undo sweep
 }
 
-# After a kill the same command works, and then there is nothing but its result.
+# make_bases, and a copy
+make_copy()
+{
+	make_bases
+	cowctl create test-cow "$device"
+}
+
+#
+# Create and remove
+#
+
+after_killed_create()
+{
+	after_kill 4 "$@"
+	test -b /dev/mapper/test-cow
+	cowctl remove test-cow
+	nothing_left
+}
+
 killed_create()
 {
-	local base step rc
+	local base
 
 	make_bases
-	for base in "$image" "$uri"; do
-		list_steps cowctl create test-cow "$base"
-		cowctl remove test-cow
-		for step in "${steps[@]}"; do
-			at "$step" signal=SIGKILL cowctl create test-cow "$base"
-			[ "$rc" = 137 ] || [ "$rc" = 0 ]
-			exists || cowctl create test-cow "$base"
-			cowctl remove test-cow
-			nothing_left
-		done
+	for base in "$device" "$image" "$uri"; do
+		disturb signal=SIGKILL : after_killed_create cowctl create test-cow "$base"
 	done
 }
 
-# A signal to stop: either all is done or nothing.
+# The program that connects runs at some time, while cowctl waits for it.
+killed_with_nbd_client()
+{
+	local rc=0
+
+	make_bases
+	mkdir "$work/bin"
+	undo rm -r "$work/bin"
+	# shellcheck disable=SC2016 # it is the script's
+	printf '#!/bin/bash\nkill -9 $PPID\n' >"$work/bin/nbd-client"
+	chmod +x "$work/bin/nbd-client"
+	PATH=$work/bin:$PATH cowctl create test-cow "$uri" || rc=$?
+	is 'the status' $rc 137
+	after_killed_create cowctl create test-cow "$uri"
+
+	# shellcheck disable=SC2016 # it is the script's
+	printf '#!/bin/bash\nkill -9 $$\n' >"$work/bin/nbd-client"
+	rc=0
+	PATH=$work/bin:$PATH cowctl create test-cow "$uri" 2>"$work/output" || rc=$?
+	all_or_nothing 1
+	grep 'cannot connect to .*: it was killed by signal 9' "$work/output"
+	nothing_left
+}
+
+after_stopped_create()
+{
+	all_or_nothing 143
+	[ "$rc" != 0 ] || cowctl remove test-cow
+	nothing_left
+}
+
 stopped_create()
 {
-	local step rc
-
 	make_bases
-	list_steps cowctl create test-cow "$uri"
-	cowctl remove test-cow
-	for step in "${steps[@]}"; do
-		at "$step" signal=SIGTERM cowctl create test-cow "$uri"
-		case $rc in
-		0)	cowctl remove test-cow ;;
-		143)	;;
-		*)	fail "exit status $rc: $(<"$work/output")" ;;
-		esac
-		nothing_left
-	done
+	disturb signal=SIGTERM : after_stopped_create cowctl create test-cow "$tcp"
 }
 
-# A system call that fails: again all or nothing, and one sentence if it is nothing.
+after_failed_create()
+{
+	all_or_nothing 1
+	[ "$rc" != 0 ] || cowctl remove test-cow
+	nothing_left
+}
+
 failed_create()
 {
-	local base step rc
-	local -a calls=(ioctl mkdir rename clone)
+	local base rc=0
+	local -a calls=(ioctl mkdir openat rename clone)
 
 	make_bases
 	for base in "$image" "$uri"; do
-		list_steps cowctl create test-cow "$base"
-		cowctl remove test-cow
-		for step in "${steps[@]}"; do
-			at "$step" error=EIO cowctl create test-cow "$base"
-			if [ "$rc" = 0 ]; then
-				cowctl remove test-cow
-			else
-				is 'the number of sentences' "$(grep -c ^cowctl: "$work/output")" 1
-			fi
-			nothing_left
-		done
+		disturb error=EIO : after_failed_create cowctl create test-cow "$base"
 	done
+	# The record of a connection is written by the process that becomes nbd-client.
+	strace -f -qq -o "$work/trace" -e trace=rename -e inject=rename:error=ENOSPC \
+		cowctl create test-cow "$uri" >"$work/output" 2>&1 || rc=$?
+	after_failed_create
+	grep "cannot write $run_dir/test-cow.nbd: No space" "$work/output"
+}
+
+create_over_nbd()
+{
+	cowctl create test-cow "$uri"
+}
+
+after_killed_remove()
+{
+	after_kill 3 "$@"
+	nothing_left
 }
 
 # What was written is there, and one base, well connected.
@@ -218,19 +340,25 @@ stopped_rebase()
 
 killed_remove()
 {
-	local step rc again
+	make_bases
+	disturb signal=SIGKILL create_over_nbd after_killed_remove cowctl remove test-cow
+}
+
+after_failed_remove()
+{
+	all_or_nothing 1
+	if exists || compgen -G '/sys/block/nbd*/pid'; then
+		cowctl remove test-cow
+	fi
+	nothing_left
+}
+
+failed_remove()
+{
+	local -a calls=(ioctl clone)
 
 	make_bases
-	cowctl create test-cow "$uri"
-	list_steps cowctl remove test-cow
-	for step in "${steps[@]}"; do
-		cowctl create test-cow "$uri"
-		at "$step" signal=SIGKILL cowctl remove test-cow
-		again=0
-		cowctl remove test-cow || again=$?
-		[ $again = 0 ] || [ $again = 3 ]
-		nothing_left
-	done
+	disturb error=EIO create_over_nbd after_failed_remove cowctl remove test-cow
 }
 
 # After a kill the next create takes away what is left of the connection as well.
@@ -239,60 +367,213 @@ create_after_killed_remove()
 	make_bases
 	cowctl create test-cow "$uri"
 	dmsetup remove --retry test-cow
-	is 'the number of connections' "$(connections)" 1
+	compgen -G '/sys/block/nbd*/pid'
 	cowctl create test-cow "$image"
-	is 'the number of connections' "$(connections)" 0
+	! compgen -G '/sys/block/nbd*/pid' || fail 'the connection is left'
 	cowctl remove test-cow
 	nothing_left
 }
 
+#
+# Set and reset
+#
+
+after_killed_set()
+{
+	after_kill 0 "$@"
+	status_is test-cow limit=256
+	cowctl set test-cow limit=none
+}
+
+write_to_it()
+{
+	io /dev/mapper/test-cow 'write 4k 64k A'
+}
+
+after_killed_reset()
+{
+	after_kill 0 "$@"
+	io /dev/mapper/test-cow 'check 0 end .'
+	status_is test-cow used=0
+}
+
+killed_change()
+{
+	make_copy
+	disturb signal=SIGKILL : after_killed_set cowctl set test-cow limit=1M
+	disturb signal=SIGKILL write_to_it after_killed_reset cowctl reset test-cow
+}
+
+#
+# Exports
+#
+
+after_killed_export()
+{
+	after_kill 4 "$@"
+	servers
+	is 'the number of servers' $REPLY 1
+	is 'the address' "$(cowctl --json status test-cow | jq -r .export.uri)" \
+		"nbd+unix:///?socket=$run_dir/test-cow.sock"
+	test -S "$run_dir/test-cow.sock"
+	cowctl unexport test-cow
+	not_exported
+}
+
 killed_export()
 {
-	local step rc again
+	need jq nbdinfo
+	make_copy
+	disturb signal=SIGKILL : after_killed_export cowctl export test-cow
+}
 
-	make_bases
-	need nbdinfo
-	cowctl create test-cow "$image"
-	list_steps cowctl export test-cow
-	cowctl unexport test-cow
-	for step in "${steps[@]}"; do
-		at "$step" signal=SIGKILL cowctl export test-cow
-		again=0
-		cowctl export test-cow || again=$?
-		[ $again = 0 ] || [ $again = 4 ]
-		is 'the number of servers' "$(pgrep -fc "$run_dir/test-cow.pid")" 1
-		nbdinfo --size "nbd+unix:///?socket=$run_dir/test-cow.sock"
+# nbd-server takes a long time to answer, and to end; only its own step is looked at.
+killed_export_by_nbd_server()
+{
+	local -a calls=(rename)
+
+	need jq nbd-server
+	make_copy
+	disturb signal=SIGKILL : after_killed_export cowctl export test-cow server=nbd-server
+}
+
+after_failed_export()
+{
+	all_or_nothing 1
+	if [ "$rc" = 0 ]; then
 		cowctl unexport test-cow
-		not_exported
-	done
+	fi
+	not_exported
+}
+
+failed_export()
+{
+	local -a calls=(ioctl openat rename clone)
+
+	make_copy
+	disturb error=EIO : after_failed_export cowctl export test-cow
+}
+
+after_stopped_export()
+{
+	all_or_nothing 143
+	if [ "$rc" = 0 ]; then
+		cowctl unexport test-cow
+	fi
+	not_exported
+}
+
+stopped_export()
+{
+	make_copy
+	disturb signal=SIGTERM : after_stopped_export cowctl export test-cow port=10998
+}
+
+export_it()
+{
+	cowctl export test-cow
+}
+
+after_killed_unexport()
+{
+	after_kill 3 "$@"
+	not_exported
 }
 
 killed_unexport()
 {
-	local step rc again
+	make_copy
+	disturb signal=SIGKILL export_it after_killed_unexport cowctl unexport test-cow
+}
+
+#
+# Two at once
+#
+
+waits_for_lock()
+{
+	grep -q -e '-> OFDLCK' /proc/locks
+}
+
+# meet 'COMMAND' CALL=NUMBER STATUS 'COMMAND' STATUS [PATTERN]: in the midst of the first,
+# after that system call, comes the second; what it says must match.
+meet()
+{
+	local -a first second
+	local tracer pid='' one=0 two=0 call=${2%=*}
+
+	read -ra first <<<"$1"
+	read -ra second <<<"$4"
+	strace -qq -o "$work/trace" -e "trace=$call" \
+		-e "inject=$call:signal=SIGSTOP:when=${2#*=}" \
+		cowctl "${first[@]}" >"$work/first" 2>&1 &
+	tracer=$!
+	wait_until 60 grep -qs 'stopped by SIGSTOP' "$work/trace"
+	# a line without an end
+	read -r pid <"/proc/$tracer/task/$tracer/children" || [ -n "$pid" ]
+	undo_list+=("kill -CONT $pid 2>/dev/null || :")
+	cowctl "${second[@]}" >"$work/second" 2>&1 &
+	second=("$!")
+	wait_until 60 waits_for_lock
+	# who only looks need not wait
+	cowctl list
+	kill -CONT "$pid"
+	unset 'undo_list[-1]'
+	wait "$tracer" || one=$?
+	wait "${second[0]}" || two=$?
+	rm "$work/trace"
+	echo "$1: status $one: $(<"$work/first")"
+	echo "$4: status $two: $(<"$work/second")"
+	is "the status of '$1'" $one "$3"
+	is "the status of '$4' in the midst of '$1'" $two "$5"
+	[ "$two" = 0 ] || is 'the number of sentences' "$(grep -c ^cowctl: "$work/second")" 1
+	grep "${6:-}" "$work/second" || [ -z "${6:-}" ] || fail "said nothing about '$6'"
+}
+
+two_at_once()
+{
+	local create
 
 	make_bases
-	cowctl create test-cow "$image"
-	cowctl export test-cow
-	list_steps cowctl unexport test-cow
-	for step in "${steps[@]}"; do
-		cowctl export test-cow
-		at "$step" signal=SIGKILL cowctl unexport test-cow
-		again=0
-		cowctl unexport test-cow || again=$?
-		[ $again = 0 ] || [ $again = 3 ]
-		not_exported
-	done
+	create="create test-cow $image"
+	meet "$create" ioctl=8 0 "$create" 4 'exists already'
+	meet 'export test-cow' rename=1 0 'export test-cow' 4 'already exported at'
+	meet 'unexport test-cow' unlink=1 0 'unexport test-cow' 3 'is not exported'
+	meet 'export test-cow' rename=1 0 'remove test-cow' 4 'is exported at'
+	meet 'unexport test-cow' unlink=1 0 'remove test-cow' 0
+	nothing_left
+	meet "$create" ioctl=8 0 'remove test-cow' 0
+	nothing_left
+	meet "$create" ioctl=8 0 'export test-cow' 0 nbd+unix
+	meet 'set test-cow limit=1M' ioctl=5 0 'reset test-cow' 0
+	meet 'reset test-cow' ioctl=5 0 'set test-cow limit=2M' 0
+	status_is test-cow limit=512
+	cowctl unexport test-cow
+	meet 'remove test-cow' ioctl=5 0 'remove test-cow' 3 'there is no device'
+	nothing_left
+	cowctl create test-cow "$uri"
+	meet 'remove test-cow' ioctl=5 0 "$create" 0 /dev/mapper/test-cow
+	is 'the loop device' "$(losetup -n -O NAME -j "$work/disk.img")" \
+		"$(cowctl status test-cow | sed -n 's/^  base device *//p')"
+	meet 'remove test-cow' ioctl=5 0 'export test-cow' 3 'there is no device'
+	nothing_left
 }
 
 run_tests \
 	killed_create 'create, killed at each step and given again' \
+	killed_with_nbd_client 'create, killed while nbd-client runs, and the other way round' \
 	stopped_create 'create, told to stop at each step' \
 	failed_create 'create, with a failure at each step' \
 	killed_rebase 'rebase, killed at each step and given again' \
 	stopped_rebase 'rebase, told to stop at each step' \
 	failed_rebase 'rebase, with a failure at each step' \
 	killed_remove 'remove, killed at each step and given again' \
+	failed_remove 'remove, with a failure at each step' \
 	create_after_killed_remove 'create after a remove that was not finished' \
+	killed_change 'set and reset, killed at each step and given again' \
 	killed_export 'export, killed at each step and given again' \
-	killed_unexport 'unexport, killed at each step and given again'
+	killed_export_by_nbd_server 'export by nbd-server, killed and given again' \
+	failed_export 'export, with a failure at each step' \
+	stopped_export 'export, told to stop at each step' \
+	killed_unexport 'unexport, killed at each step and given again' \
+	two_at_once 'two commands at once for one name'

@@ -6,6 +6,15 @@
 
 . "$(dirname "$0")/cowctl-common.sh"
 
+# On kernels newer than 6.1 it is the program with the sanitizers, if tests/user/cowctl.sh
+# has built it. Where they find something it ends with a report instead of a sentence.
+sanitized=$(dirname "$0")/../build/user/cowctl
+if [[ $(uname -r) != 6.1.* && -x $sanitized/cowctl ]] &&
+		[ -z "$(find "$(dirname "$0")/../tools" -newer "$sanitized/cowctl")" ]; then
+	PATH=$(realpath "$sanitized"):$PATH
+	echo '# with sanitizers'
+fi
+
 copy_of_a_device()
 {
 	begin make_brd 1024
@@ -301,7 +310,7 @@ cannot_export()
 	test -f "$work/file"
 	says 1 'cannot export test-cow' cowctl export test-cow socket="$work/none/socket"
 	says 1 'cannot export test-cow at address 192.0.2.1' cowctl export test-cow address=192.0.2.1
-	undo rm -f "$work/socket"
+	undo rm -f "$work"/{socket,socket.pid}
 	start_nbdkit "$work/socket" null
 	says 4 'is in use' cowctl export test-cow socket="$work/socket"
 	nbdkit -i 127.0.0.1 -p 10997 -P "$work/tcp.pid" null
@@ -328,21 +337,25 @@ names()
 	local name path
 
 	begin make_brd 1024
-	for name in 'test-c c' "test-c\$(id)'\"" 'test-cä牛' 'test-c%s%n' \
+	for name in 'test-c c' "test-c\$(id)'\"" 'test-cä牛' 'test-c%s%n' '-test-c -' \
 		"test-c$(printf %0121d 0)"; do
-		path=$(cowctl create "$name" base="$REPLY")
+		path=$(cowctl create -- "$name" base="$REPLY")
 		undo dmsetup remove "${path##*/}"
 		test -b "$path"
-		is 'the name' "$(cowctl status "$name" --json | jq -r .name)" "$name"
-		is 'the path' "$(cowctl status "$name" --json | jq -r .path)" "$path"
-		cowctl list | grep -F "$name "
-		cowctl export "$name" socket="$work/s"
-		cowctl unexport "$name"
-		cowctl reset "$name"
-		says 4 'exists already' cowctl create "$name" base="$REPLY"
-		cowctl remove "$name"
+		is 'the name' "$(cowctl --json status -- "$name" | jq -r .name)" "$name"
+		is 'the path' "$(cowctl --json list |
+			jq -r --arg name "$name" '.[] | select(.name == $name).path')" "$path"
+		cowctl list | grep -F -e "$name "
+		cowctl set -- "$name" limit=1M
+		is 'the name' "$(cowctl --json export -- "$name" socket="$work/s" | jq -r .name)" \
+			"$name"
+		says 4 'is exported at' cowctl remove -- "$name"
+		cowctl unexport -- "$name"
+		cowctl reset -- "$name"
+		says 4 'exists already' cowctl create -- "$name" base="$REPLY"
+		cowctl remove -- "$name"
 		unset 'undo_list[-1]'
-		says 3 'there is no device' cowctl remove "$name"
+		says 3 'there is no device' cowctl remove -- "$name"
 	done
 	cowctl create "test-c$(printf %0121d 0)" base="$REPLY"
 	says 2 'too long for a socket' cowctl export "test-c$(printf %0121d 0)"

@@ -14,18 +14,20 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
+/* Less than a page: for more the kernel complains aloud when it has no memory. */
 struct dm_call {
 	struct dm_ioctl head;
 	union {
 		struct {
 			struct dm_target_spec spec;
-			char params[4096];
+			char params[3072];
 		} table;
 		struct {
 			struct dm_target_msg head;
-			char text[4096];
+			char text[3072];
 		} message;
 	};
 };
@@ -44,6 +46,30 @@ static inline int dm_call(unsigned long request, const char *name, uint32_t flag
 	snprintf(call->head.name, sizeof(call->head.name), "%s", name);
 	ret = ioctl(fd, request, call) ? -errno : 0;
 	close(fd);
+	return ret;
+}
+
+static inline int dm_create(const char *name)
+{
+	struct dm_call call = { 0 };
+
+	return dm_call(DM_DEV_CREATE, name, 0, &call);
+}
+
+static inline int dm_remove(const char *name)
+{
+	struct dm_call call = { 0 };
+
+	return dm_call(DM_DEV_REMOVE, name, 0, &call);
+}
+
+/* Leaves the device's minor number, by which /dev/dm-* is named, in @number. */
+static inline int dm_minor(const char *name, unsigned int *number)
+{
+	struct dm_call call = { 0 };
+	int ret = dm_call(DM_DEV_STATUS, name, 0, &call);
+
+	*number = minor(call.head.dev);
 	return ret;
 }
 

@@ -25,10 +25,20 @@
  * Buffered I/O has a part of the device for itself, and a model of its own,
  * with the values that the page cache should have.
  *
- * With one thread the order is certain and a failing stream can be played
- * again: it is shortened, and printed as commands of tests/io.
+ * Replay
+ * ------
+ * With one thread a seed gives the same run each time. A stream that fails is
+ * shortened as long as it goes on failing, and printed as commands of tests/io.
+ *
+ * With several threads a seed gives the same rounds: which operations each
+ * thread does, in its order. How they meet is up to the scheduler, and failures
+ * depend on that; so --repeat plays the round of the seed over and over. What
+ * is told about a failure is all that was done to the block, with times; and
+ * the round is simplified by leaving kinds of operations, threads and operations
+ * away as long as it fails again within a few repetitions.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -41,6 +51,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
@@ -61,14 +72,19 @@
 #define ACTIVE (THREADS * (RING + 2))
 #define HISTORY 16384		/* operations to tell about when one fails */
 #define SINGLE_OPS 400		/* operations of a round with one thread */
+#define REPEAT 10		/* times that a simpler round gets to fail */
+#define SHRINK 60		/* seconds for making a failure simpler */
 #define HANG 120		/* seconds after which a round counts as hung */
 
-static const uint64_t sizes[] = { MIB(65), MIB(96), MIB(129) };	/* of the device */
+#define TOTAL_LIMIT "/sys/module/dm_nbdcow/parameters/total_limit"
+
+/* Of the device; the first ends within a block, and all are longer than the base. */
+static const uint64_t sizes[] = { MIB(64) + KIB(384) + 5, MIB(96), MIB(129) };
 
 /*
- * The parts of the device that are used: where the base begins, where a leaf
- * of the map ends (64 MiB), around the end of the base, and where only growth
- * leads to. The last one is for buffered I/O.
+ * The parts of the device that are used: where the base begins; where a leaf
+ * of the map ends (64 MiB), with the ends of the base and of the smallest device
+ * in it; and where only growth leads to. The last one is for buffered I/O.
  */
 static const struct window {
 	uint64_t first;		/* sector */
@@ -91,6 +107,14 @@ enum kind {
 
 enum { NOWAIT = 1, URING = 2, VECTOR = 4, DSYNC = 8 };
 
+/* What a round may do without. */
+enum { BUFFERED_IO, CONTROL, LIMITS, NOWAITS, URINGS, BIG, ZEROES, VM, FEATURES };
+static const char *const features[FEATURES] = {
+	"buffered", "control", "limits", "nowait", "uring", "big", "zeroes", "vm",
+};
+
+struct worker;
+
 struct op {
 	enum kind kind;
 	unsigned int flags;
@@ -100,8 +124,13 @@ struct op {
 	uint32_t tag;		/* of a write */
 	unsigned int shift;	/* bytes by which the memory is misaligned */
 	long limit;		/* blocks, 0 for none: LIMIT and RELOAD */
+	bool total;		/* of all overlays: LIMIT */
+	bool suspended;		/* done while the device is: RESET and RELOAD */
+	unsigned int suspend_flags; /* SUSPEND */
 	unsigned int base;	/* which one: RELOAD */
-	bool grow;		/* RELOAD */
+	uint64_t sectors;	/* of the new table, if that is longer: RELOAD */
+	bool abandon;		/* cleared instead of taken: RELOAD */
+	bool tail;		/* a discard that ends with the device within a block */
 	uint64_t start, end;	/* on the model's clock; end 0: not ended */
 	int result;
 	unsigned int thread;
@@ -145,17 +174,24 @@ static struct {
 	bool control;
 	bool nowait;
 	bool big;		/* operations of up to LONGEST sectors */
+	unsigned int stripe;	/* sectors in turn for each thread; 0: all for all */
+	bool tmpfs;		/* not the kernel's own one */
 	uint64_t sectors;	/* of the device now */
 	unsigned int base;
 	long limit;
+	long total_limit;
 } cfg;
 
 static struct {
 	uint64_t seed;
-	unsigned int seconds, threads, rounds;
-	bool vm;
+	unsigned int seconds, threads, rounds, ops;
+	bool repeat;
+	unsigned int without;	/* bits of features */
+	const char *tmpfs;	/* a directory of one, or NULL */
+	const char *cgroup;	/* directory of a memory cgroup that is to be swapped out */
 	char **bases;
 	unsigned int nr_bases;
+	unsigned int nr_nowait;	/* so many of them, the first ones, know REQ_NOWAIT */
 } opt = { .seconds = 60, .threads = 4 };
 
 static uint64_t base_sectors;
@@ -163,7 +199,11 @@ static int fd = -1;		/* the device, O_DIRECT */
 static int cached_fd = -1;	/* the same without */
 static volatile bool stopping;
 static uint64_t total_ops;
-static bool quiet;		/* a failure is no news: the stream is being shortened */
+static uint64_t nowait_ops, nowait_again; /* with RWF_NOWAIT; ended with EAGAIN */
+static bool quiet;		/* a failure is no news: it is being made simpler */
+static bool broken;		/* the round has failed; told once */
+static uint64_t wrong_sector;	/* by a read, or UINT64_MAX */
+static char total_limit[64];	/* before */
 
 /*
  * Buffered I/O: read-locked by who does it, write-locked by who changes the
@@ -217,10 +257,11 @@ static void print_op(const struct op *op)
 	case CLEAR_ALL:
 		break;
 	case LIMIT:
-		printf(" %ld", op->limit);
+		printf(" %s%ld", op->total ? "of all " : "", op->limit);
 		break;
 	case RELOAD:
-		printf(" base %u, limit %ld%s", op->base, op->limit, op->grow ? ", longer" : "");
+		printf(" base %u, limit %ld, %" PRIu64 "s%s", op->base, op->limit, op->sectors,
+		       op->abandon ? ", cleared" : "");
 		break;
 	default:
 		printf(" %" PRIu64 "s %" PRIu64 "s", op->sector, op->count);
@@ -236,10 +277,23 @@ static void print_op(const struct op *op)
 
 static void print_replay(void)
 {
+	const char *comma = " --without ";
 	unsigned int i;
 
-	printf("# again: fuzz --seed %" PRIu64 " --rounds 1 --threads %u%s", cfg.seed,
-	       opt.threads, opt.vm ? " --vm" : "");
+	printf("# again: fuzz --seed %" PRIu64 " --threads %u %s", cfg.seed, opt.threads,
+	       opt.threads > 1 ? "--repeat" : "--rounds 1");
+	if (opt.ops)
+		printf(" --ops %u", opt.ops);
+	for (i = 0; i < FEATURES; i++) {
+		if (opt.without & 1U << i) {
+			printf("%s%s", comma, features[i]);
+			comma = ",";
+		}
+	}
+	if (opt.tmpfs)
+		printf(" --tmpfs %s", opt.tmpfs);
+	if (opt.cgroup)
+		printf(" --cgroup %s", opt.cgroup);
 	for (i = 0; i < opt.nr_bases; i++)
 		printf(" %s", opt.bases[i]);
 	printf("\n");
@@ -258,6 +312,32 @@ static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt,
 	print_replay();
 	fflush(stdout);
 	_exit(1);
+}
+
+/*
+ * The round has failed; it ends soon. Returns: whether that is to be told.
+ */
+static bool news(void)
+{
+	bool first = !__atomic_exchange_n(&broken, true, __ATOMIC_ACQ_REL);
+
+	stopping = true;
+	return first && !quiet;
+}
+
+static void __attribute__((format(printf, 1, 2))) wrong(const char *fmt, ...)
+{
+	va_list args;
+
+	if (!news())
+		return;
+	flockfile(stdout);
+	printf("# round %u: ", cfg.number);
+	va_start(args, fmt);
+	vprintf(fmt, args);
+	va_end(args);
+	printf("\n");
+	funlockfile(stdout);
 }
 
 /*
@@ -333,7 +413,8 @@ static bool changed_range(const struct op *op, uint64_t *first, uint64_t *last)
 		break;
 	case DISCARD:
 		*first = (*first + SECTORS_PER_BLOCK - 1) / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
-		*last = *last / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+		if (!op->tail)
+			*last = *last / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
 		break;
 	default:
 		return false;
@@ -377,19 +458,27 @@ static bool room_for(const struct op *op, uint64_t oldest)
 	return true;
 }
 
+static __thread struct worker *self; /* that may have io_uring requests under way */
+static void reap(struct worker *worker, bool wait);
+
 static void op_begin(struct op *op)
 {
 	uint64_t first, last, s;
 	unsigned int i, w;
 
 	pthread_mutex_lock(&model_lock);
+	op->tail = true;	/* perhaps, so that there is room */
 	while (!room_for(op, oldest_active())) {
 		pthread_mutex_unlock(&model_lock);
+		/* it may be one of our own that is in the way */
+		if (self)
+			reap(self, false);
 		sched_yield();
 		pthread_mutex_lock(&model_lock);
 	}
 	op->start = ++now;
 	op->end = 0;
+	op->tail = op->sector + op->count == cfg.sectors;
 	for (i = 0; i < ACTIVE && active[i]; i++)
 		;
 	if (i == ACTIVE)
@@ -528,6 +617,8 @@ static bool op_end(struct op *op, int result, enum outcome outcome)
 	op->result = result;
 	op->end = ++now;
 	total_ops++;
+	nowait_ops += !!(op->flags & NOWAIT);
+	nowait_again += op->flags & NOWAIT && result == -EAGAIN;
 	if (history[op->number % HISTORY].start == op->start)
 		history[op->number % HISTORY] = *op;
 	if (whole_device(op)) {
@@ -541,16 +632,21 @@ static bool op_end(struct op *op, int result, enum outcome outcome)
 			if (!right)
 				break;
 		}
-		if (!right && !quiet) {
+		if (!right)
+			wrong_sector = op->sector + s;
+		if (!right && news()) {
 			flockfile(stdout);
 			print_sector(&sector[s], op, op->buffer + s * SECTOR, op->sector + s);
-			print_replay();
-			fflush(stdout);
+			funlockfile(stdout);
 		}
 	} else if (changed_range(op, &first, &last)) {
+		/* the device may have grown meanwhile: then its last block was no whole one */
+		uint64_t sure = op->kind == DISCARD ? last / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK :
+				last;
+
 		sector = model_of(first);
 		for (s = first; s < last; s++, sector++)
-			sector_end(sector, op, outcome);
+			sector_end(sector, op, s < sure || outcome != DONE ? outcome : MAYBE);
 	}
 	active[op->slot] = 0;
 	pthread_mutex_unlock(&model_lock);
@@ -625,23 +721,23 @@ static bool finish(struct op *op, int result)
 		pthread_mutex_unlock(&model_lock);
 		right = op->start < limited;
 	}
-	/* a base that does not know it may have come with a new table */
-	if (result == -EOPNOTSUPP && op->flags & (NOWAIT | URING))
+	/* io_uring tries all with RWF_NOWAIT: a base that does not know it may be new */
+	if (result == -EOPNOTSUPP && op->flags & URING && !cfg.nowait)
 		right = true;
 	/* the page cache tells anybody that somebody's buffered write was lost */
 	if ((result == -EIO || result == -ENOSPC) && cfg.buffered && cfg.limits)
 		right = true;
-	if (!right && !quiet) {
+	if (!right && news()) {
 		flockfile(stdout);
 		printf("# round %u, thread %u: ", cfg.number, op->thread);
 		print_op(op);
 		printf(": %s\n", result < 0 ? strerror(-result) : "too short");
-		print_replay();
-		fflush(stdout);
+		funlockfile(stdout);
 	}
 	if (result < 0)
-		right &= op_end(op, result, single_block(op) && op->kind == WRITE ?
-				NOT_DONE : MAYBE);
+		/* RWF_DSYNC writes first, and may then tell of somebody's lost write */
+		right &= op_end(op, result, single_block(op) && op->kind == WRITE &&
+				!(op->flags & DSYNC) ? NOT_DONE : MAYBE);
 	else if (op->kind == WRITE && (uint64_t)result < op->count * SECTOR)
 		right &= op_end(op, result, MAYBE);
 	else
@@ -682,6 +778,26 @@ static bool run_sync(struct op *op, struct rng *rng)
 	return finish(op, ret < 0 ? -errno : ret);
 }
 
+/* Moves what changes data to sectors of the thread's own, if the window has any near. */
+static void to_own_stripe(struct op *op)
+{
+	const struct window *w = &windows[op->window];
+	uint64_t turn = (uint64_t)cfg.stripe * opt.threads, end = w->first + w->sectors, at;
+
+	if (op->kind == READ || op->kind >= FLUSH)
+		return;
+	at = op->sector / turn * turn + (uint64_t)op->thread * cfg.stripe;
+	if (at < w->first)
+		at += turn;
+	if (end > cfg.sectors)
+		end = cfg.sectors;
+	op->sector = at + op->sector % cfg.stripe;
+	if (op->count > at + cfg.stripe - op->sector)
+		op->count = at + cfg.stripe - op->sector;
+	if (op->sector + op->count > end)
+		op->kind = FLUSH;
+}
+
 /* An operation on data, in one of the windows that are there. */
 static struct op random_op(struct rng *rng, unsigned int thread)
 {
@@ -690,17 +806,26 @@ static struct op random_op(struct rng *rng, unsigned int thread)
 	uint64_t room, len, max = cfg.big && percent(rng, 5) ? LONGEST : 40;
 
 	op.window = w < 2 ? 0 : w < 4 ? 1 : 2;
-	if (windows[op.window].first + windows[op.window].sectors > cfg.sectors)
+	if (windows[op.window].first >= cfg.sectors)
 		op.window = 0;
+	op.sector = windows[op.window].first;
 	room = windows[op.window].sectors;
-	if (percent(rng, cfg.percent_hot) && cfg.hot < room)
-		room = cfg.hot;
-	/* the hot part of a window is in its middle, where leaf and base end */
-	op.sector = windows[op.window].first + (windows[op.window].sectors - room) / 2 / 8 * 8;
+	if (op.sector + room > cfg.sectors)
+		room = cfg.sectors - op.sector;
+	if (percent(rng, cfg.percent_hot) && cfg.hot < room) {
+		/* hot is the middle of a window, where leaf and base end, or its end */
+		op.sector += percent(rng, 80) ? (windows[op.window].sectors - cfg.hot) / 2 / 8 * 8 :
+			     (room - cfg.hot) / 8 * 8;
+		room = windows[op.window].first + room - op.sector;
+		if (room > cfg.hot + 7)
+			room = cfg.hot;
+	}
 
 	op.kind = dice < 35 ? READ : dice < 80 ? WRITE : DISCARD + (dice - 80) / 5;
 	if (op.kind > ZERORANGE)
 		op.kind = FLUSH;
+	if (op.kind > WRITE && opt.without & 1U << ZEROES)
+		op.kind = dice % 2 ? READ : WRITE;
 	if (percent(rng, 30))
 		len = SECTORS_PER_BLOCK * (1 + below(rng, max / SECTORS_PER_BLOCK));
 	else if (percent(rng, 50))
@@ -713,6 +838,8 @@ static struct op random_op(struct rng *rng, unsigned int thread)
 	op.sector += below(rng, room - len + 1);
 	if (percent(rng, 40))
 		op.sector = op.sector / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+	if (cfg.stripe)
+		to_own_stripe(&op);
 
 	op.shift = percent(rng, 50) ? 0 : below(rng, 8) * SECTOR;
 	op.flags = percent(rng, 20) ? VECTOR : 0;
@@ -720,7 +847,8 @@ static struct op random_op(struct rng *rng, unsigned int thread)
 		op.flags |= DSYNC;
 	if (cfg.nowait && op.kind <= WRITE && percent(rng, 30))
 		op.flags |= NOWAIT;
-	if (opt.threads > 1 && percent(rng, 50) && op.kind != DISCARD && op.kind != ZEROOUT)
+	if (opt.threads > 1 && !(opt.without & 1U << URINGS) && percent(rng, 50) &&
+	    op.kind != DISCARD && op.kind != ZEROOUT)
 		op.flags |= URING;
 	op.tag = TAG_FIRST + __atomic_fetch_add(&next_tag, 1, __ATOMIC_RELAXED) %
 		 (STAMP_TAGS - TAG_FIRST);
@@ -740,11 +868,6 @@ struct worker {
 	unsigned int under_way;
 	bool done;
 };
-
-static void failed(void)
-{
-	_exit(1);
-}
 
 static void reap(struct worker *worker, bool wait)
 {
@@ -769,8 +892,7 @@ static void reap(struct worker *worker, bool wait)
 		for (i = 0; i < RING; i++)
 			if (worker->slots[i] == op)
 				worker->slots[i] = NULL;
-		if (!finish(op, ret))
-			failed();
+		finish(op, ret);
 		free(op);
 		wait = false;
 	}
@@ -829,13 +951,14 @@ static void *work(void *arg)
 
 	if (ret)
 		die("io_uring_queue_init: %s", strerror(-ret));
+	self = worker;
 	for (i = 0; i < cfg.ops && !stopping; i++) {
 		struct op op = random_op(&worker->rng, worker->number);
 
 		if (op.flags & URING)
 			run_uring(worker, &op);
-		else if (!run_sync(&op, &worker->rng))
-			failed();
+		else
+			run_sync(&op, &worker->rng);
 	}
 	while (worker->under_way)
 		reap(worker, true);
@@ -885,7 +1008,7 @@ static void cached_recover(void)
 
 	pthread_mutex_lock(&model_lock);
 	if (!limited_until)
-		die("buffered writes were lost though nothing was full");
+		wrong("buffered writes were lost though nothing was full");
 	pthread_mutex_unlock(&model_lock);
 	if (ioctl(cached_fd, BLKFLSBUF))
 		die("BLKFLSBUF: %s", strerror(errno));
@@ -902,7 +1025,7 @@ static void cached_recover(void)
 		for (i = 0; i < c->n; i++)
 			right |= tag == c->since[i];
 		if (!right)
-			die("sector %" PRIu64 " has tag %u after a lost buffered write, neither %u nor later",
+			wrong("sector %" PRIu64 " has tag %u after a lost buffered write, neither %u nor later",
 			    w->first + s, tag, c->stored);
 		*c = (struct cached){ .tag = tag, .stored = tag };
 	}
@@ -944,11 +1067,10 @@ static void cached_read(uint64_t s, uint64_t count, char *buf)
 			return;
 		/* a page that could not be written back may have been read again */
 		if (again || cached_sync()) {
-			printf("# buffered: sector %" PRIu64 " should have tag %u but has ",
-			       w->first + s + i, cached[s + i].tag);
-			stamp_print(stdout, buf + i * SECTOR, w->first + s + i);
-			printf("\n");
-			die("buffered read is wrong");
+			wrong("buffered: sector %" PRIu64 " should have tag %u but has %u",
+			      w->first + s + i, cached[s + i].tag,
+			      stamp_tag(buf + i * SECTOR, w->first + s + i));
+			return;
 		}
 		again = true;
 	}
@@ -1058,12 +1180,13 @@ static void write_file(const char *path, const char *text)
 	}
 }
 
-static void set_limit(long limit)
+/* Which is cfg.limit or cfg.total_limit. */
+static void set_limit(long *which, long limit)
 {
 	pthread_mutex_lock(&model_lock);
 	if (limit)
 		limited_until = UINT64_MAX;
-	cfg.limit = limit;
+	*which = limit;
 	pthread_mutex_unlock(&model_lock);
 }
 
@@ -1071,17 +1194,20 @@ static void set_limit(long limit)
 static void limit_set(void)
 {
 	pthread_mutex_lock(&model_lock);
-	if (!cfg.limit && limited_until == UINT64_MAX)
+	if (!cfg.limit && !cfg.total_limit && !cfg.tmpfs && limited_until == UINT64_MAX)
 		limited_until = ++now;
 	pthread_mutex_unlock(&model_lock);
 }
 
-static void table_params(char *params, size_t size)
+static void table_params(char *params, size_t size, unsigned int base, long limit)
 {
-	if (cfg.limit)
-		snprintf(params, size, "%s 2 limit %ld", opt.bases[cfg.base], cfg.limit);
-	else
-		snprintf(params, size, "%s", opt.bases[cfg.base]);
+	size_t n = snprintf(params, size, "%s %d", opt.bases[base],
+			    (limit ? 2 : 0) + (cfg.tmpfs ? 2 : 0));
+
+	if (limit)
+		n += snprintf(params + n, size - n, " limit %ld", limit);
+	if (cfg.tmpfs)
+		snprintf(params + n, size - n, " tmpfs %s", opt.tmpfs);
 }
 
 static void nap(struct rng *rng, unsigned int most_us)
@@ -1096,7 +1222,22 @@ static void clear_device(void)
 	uint64_t range[2] = { 0, cfg.sectors * SECTOR };
 
 	if (ioctl(fd, BLKDISCARD, range))
-		die("discard of the device: %s", strerror(errno));
+		wrong("discard of the device: %s", strerror(errno));
+}
+
+/*
+ * Resumes, with the table that was loaded last. The core writes back what is
+ * cached before it exchanges tables, and stops where something was lost.
+ */
+static void resume(const char *what)
+{
+	int ret = dm_resume(NAME);
+
+	if (ret && cfg.buffered && cfg.limits) {
+		check(dm_suspend(NAME, DM_SKIP_LOCKFS_FLAG), "suspend");
+		ret = dm_resume(NAME);
+	}
+	check(ret, what);
 }
 
 /* A change of the whole device. */
@@ -1107,10 +1248,14 @@ static void run_whole(struct op *op)
 		cached_sync();
 	}
 	op_begin(op);
+	if (op->suspended)
+		check(dm_suspend(NAME, DM_SKIP_LOCKFS_FLAG), "suspend");
 	if (op->kind == RESET)
 		check(dm_message(NAME, "reset"), "reset");
 	else
 		clear_device();
+	if (op->suspended)
+		resume("resume");
 	op_end(op, 0, DONE);
 	if (cfg.buffered) {
 		if (ioctl(cached_fd, BLKFLSBUF))
@@ -1122,29 +1267,53 @@ static void run_whole(struct op *op)
 
 static void run_reload(const struct op *op)
 {
-	uint64_t sectors = cfg.sectors;
+	uint64_t sectors = op->sectors > cfg.sectors || op->abandon ? op->sectors : cfg.sectors;
+	struct dm_call call = { 0 };
 	char params[512];
-	unsigned int i;
+	int ret;
 
-	for (i = 0; op->grow && i < sizeof(sizes) / sizeof(sizes[0]); i++) {
-		if (sizes[i] > cfg.sectors) {
-			sectors = sizes[i];
-			break;
-		}
+	table_params(params, sizeof(params), op->base, op->limit);
+	if (op->abandon) {
+		/* a table that is too short for the changes is refused */
+		ret = dm_load(NAME, sectors, "nbdcow", params);
+		if (ret != -EINVAL || sectors >= cfg.sectors)
+			check(ret, "loading a table");
+		check(dm_call(DM_TABLE_CLEAR, NAME, 0, &call), "clearing a table");
+		return;
 	}
-	set_limit(op->limit);
+	if (op->suspended)
+		check(dm_suspend(NAME, DM_SKIP_LOCKFS_FLAG), "suspend");
+	set_limit(&cfg.limit, op->limit);
 	cfg.base = op->base;
-	table_params(params, sizeof(params));
 	check(dm_load(NAME, sectors, "nbdcow", params), "loading a table");
-	check(dm_resume(NAME), "taking a new table");
+	resume("taking a new table");
 	limit_set();
 	__atomic_store_n(&cfg.sectors, sectors, __ATOMIC_RELEASE);
 }
 
-static void run_control(struct op *op, struct rng *rng)
+static void run_limit(const struct op *op)
 {
 	char text[64];
 
+	set_limit(op->total ? &cfg.total_limit : &cfg.limit, op->limit);
+	if (op->total) {
+		if (op->limit)
+			snprintf(text, sizeof(text), "%ldK", op->limit * 4);
+		else
+			snprintf(text, sizeof(text), "%s", total_limit);
+		write_file(TOTAL_LIMIT, text);
+	} else {
+		if (op->limit)
+			snprintf(text, sizeof(text), "limit %ld", op->limit);
+		else
+			snprintf(text, sizeof(text), "limit none");
+		check(dm_message(NAME, text), text);
+	}
+	limit_set();
+}
+
+static void run_control(struct op *op, struct rng *rng)
+{
 	if (whole_device(op)) {
 		run_whole(op);
 		return;
@@ -1152,18 +1321,13 @@ static void run_control(struct op *op, struct rng *rng)
 	op_begin(op);
 	switch (op->kind) {
 	case LIMIT:
-		set_limit(op->limit);
-		if (op->limit)
-			snprintf(text, sizeof(text), "limit %ld", op->limit);
-		else
-			snprintf(text, sizeof(text), "limit none");
-		check(dm_message(NAME, text), text);
-		limit_set();
+		run_limit(op);
 		break;
 	case SUSPEND:
-		check(dm_suspend(NAME, percent(rng, 50) ? DM_SKIP_LOCKFS_FLAG : 0), "suspend");
+		if (dm_suspend(NAME, op->suspend_flags))
+			check(dm_suspend(NAME, op->suspend_flags | DM_SKIP_LOCKFS_FLAG), "suspend");
 		nap(rng, 3000);
-		check(dm_resume(NAME), "resume");
+		resume("resume");
 		break;
 	default:
 		run_reload(op);
@@ -1171,17 +1335,45 @@ static void run_control(struct op *op, struct rng *rng)
 	op_end(op, 0, DONE);
 }
 
+/* With one base that does not know it, nobody may say RWF_NOWAIT. */
+static unsigned int random_base(struct rng *rng)
+{
+	return below(rng, cfg.nowait ? opt.nr_nowait : opt.nr_bases);
+}
+
 static struct op random_control(struct rng *rng, unsigned int thread)
 {
 	struct op op = { .thread = thread };
 	unsigned int dice = below(rng, 100);
 
-	op.kind = dice < 25 ? RESET : dice < 45 ? LIMIT : dice < 65 ? SUSPEND :
+	op.kind = dice < 25 ? RESET : dice < 45 ? LIMIT : dice < 60 ? SUSPEND :
 		  dice < 90 ? RELOAD : CLEAR_ALL;
 	op.limit = percent(rng, 50) || !cfg.limits ? 0 : 1 + below(rng, 300);
-	op.base = below(rng, opt.nr_bases);
-	op.grow = percent(rng, 20);
+	op.total = percent(rng, 30);
+	op.suspended = op.kind != CLEAR_ALL && percent(rng, 30);
+	op.suspend_flags = (percent(rng, 50) ? DM_SKIP_LOCKFS_FLAG : 0) |
+			   (percent(rng, 30) ? DM_NOFLUSH_FLAG : 0);
+	op.base = random_base(rng);
+	op.abandon = percent(rng, 20);
+	op.sectors = sizes[below(rng, percent(rng, 30) ? 3 : 1)];
+	if (op.abandon && percent(rng, 30))
+		op.sectors = 1 + below(rng, sizes[0]);
 	return op;
+}
+
+/* Moves memory about, or out of the cgroup to swap. */
+static void stir_memory(struct rng *rng)
+{
+	char path[300];
+
+	if (percent(rng, 5))
+		write_file("/proc/sys/vm/compact_memory", "1");
+	if (percent(rng, 5))
+		write_file("/proc/sys/vm/drop_caches", "3");
+	if (opt.cgroup && percent(rng, 50)) {
+		snprintf(path, sizeof(path), "%s/memory.reclaim", opt.cgroup);
+		write_file(path, "16M");
+	}
 }
 
 static void *work_control(void *arg)
@@ -1191,11 +1383,10 @@ static void *work_control(void *arg)
 	while (!stopping) {
 		struct op op = random_control(&worker->rng, worker->number);
 
-		run_control(&op, &worker->rng);
-		if (opt.vm && percent(&worker->rng, 5))
-			write_file("/proc/sys/vm/compact_memory", "1");
-		if (opt.vm && percent(&worker->rng, 5))
-			write_file("/proc/sys/vm/drop_caches", "3");
+		if (!(opt.without & 1U << CONTROL))
+			run_control(&op, &worker->rng);
+		if (!(opt.without & 1U << VM))
+			stir_memory(&worker->rng);
 		nap(&worker->rng, 20000);
 	}
 	return NULL;
@@ -1212,7 +1403,7 @@ static void open_device(void)
 
 	check(dm_call(DM_DEV_CREATE, NAME, 0, &call), "creating the device");
 	snprintf(path, sizeof(path), "/dev/dm-%u", minor(call.head.dev));
-	table_params(params, sizeof(params));
+	table_params(params, sizeof(params), cfg.base, cfg.limit);
 	check(dm_load(NAME, cfg.sectors, "nbdcow", params), "loading the first table");
 	check(dm_resume(NAME), "taking the first table");
 	fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
@@ -1296,15 +1487,15 @@ static bool verify(struct rng *rng)
 		stored += data;
 		most += touched[b];
 	}
+	if (broken)
+		return false;
 	check(dm_status(NAME, &call), "status");
 	if (sscanf(call.table.params, "%31s %u/", health, &used) != 2)
 		die("unknown status %s", call.table.params);
 	if (cfg.buffered)
 		most += CACHED / SECTORS_PER_BLOCK;
 	if (used < stored || used > most) {
-		if (!quiet)
-			printf("# %u blocks are stored by the status, expected %u to %u\n", used,
-			       stored, most);
+		wrong("%u blocks are stored by the status, expected %u to %u", used, stored, most);
 		return false;
 	}
 	return true;
@@ -1323,31 +1514,77 @@ static void check_total_used(uint64_t want)
 		    used, want);
 }
 
+static bool with(unsigned int feature)
+{
+	return !(opt.without & 1U << feature);
+}
+
 static void start_round(uint64_t seed, struct rng *rng)
 {
 	static const unsigned int hot[] = { 8, 16, 32, 128, 1024 };
+	static const unsigned int stripes[] = { 1, 3, 8, 20 };
 
 	*rng = (struct rng){ seed };
 	cfg.seed = seed;
 	cfg.sectors = sizes[below(rng, 2)];
-	cfg.base = below(rng, opt.nr_bases);
-	cfg.buffered = opt.threads > 2 && percent(rng, 60);
-	cfg.limits = percent(rng, cfg.buffered ? 20 : 60);
-	cfg.limit = cfg.limits && percent(rng, 50) ? 1 + below(rng, 300) : 0;
+	cfg.buffered = percent(rng, 60) && opt.threads > 2 && with(BUFFERED_IO);
+	cfg.tmpfs = percent(rng, 40) && opt.tmpfs;
+	cfg.limits = (percent(rng, cfg.buffered ? 20 : 60) && with(LIMITS)) || cfg.tmpfs;
+	cfg.limit = percent(rng, 50) && cfg.limits ? 1 + below(rng, 300) : 0;
+	cfg.total_limit = 0;
 	cfg.hot = hot[below(rng, 5)];
 	cfg.percent_hot = 50 + below(rng, 51);
-	cfg.nowait = percent(rng, 50);
-	cfg.big = percent(rng, 50);
-	cfg.control = percent(rng, 70);
+	cfg.nowait = percent(rng, 50) && opt.nr_nowait && with(NOWAITS);
+	cfg.base = random_base(rng);
+	cfg.big = percent(rng, 50) && with(BIG);
+	cfg.control = percent(rng, 70) && (with(CONTROL) || with(VM));
+	cfg.stripe = percent(rng, 25) && opt.threads > 1 ? stripes[below(rng, 4)] : 0;
 	cfg.ops = 100 + below(rng, 900);
+	if (opt.ops && cfg.ops > opt.ops)
+		cfg.ops = opt.ops;
 	pthread_mutex_lock(&model_lock);
-	limited_until = cfg.limit ? UINT64_MAX : 0;
+	limited_until = cfg.limit || cfg.tmpfs ? UINT64_MAX : 0;
 	nr_history = 0;
+	next_tag = 0;
 	model_reset();
 	pthread_mutex_unlock(&model_lock);
 	cached_set(initial_tag);
-	stopping = false;
+	wrong_sector = UINT64_MAX;
+	broken = stopping = false;
 	open_device();
+}
+
+static void end_round(void)
+{
+	remove_device();
+	write_file(TOTAL_LIMIT, total_limit);
+}
+
+/* What is under way, and where in the kernel our threads are. */
+static void print_hanging(void)
+{
+	DIR *dir = opendir("/proc/self/task");
+	struct dirent *entry;
+	unsigned int i;
+
+	for (i = nr_history < HISTORY ? 0 : nr_history - HISTORY; i < nr_history; i++) {
+		if (history[i % HISTORY].end)
+			continue;
+		printf("# under way: thread %u: ", history[i % HISTORY].thread);
+		print_op(&history[i % HISTORY]);
+		printf("\n");
+	}
+	while (dir && (entry = readdir(dir))) {
+		char path[300], line[200];
+		FILE *f;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/stack", entry->d_name);
+		f = fopen(path, "r");
+		while (f && fgets(line, sizeof(line), f))
+			printf("# task %s: %s", entry->d_name, line);
+		if (f)
+			fclose(f);
+	}
 }
 
 static void join(struct worker *worker, const char *what)
@@ -1356,8 +1593,10 @@ static void join(struct worker *worker, const char *what)
 
 	clock_gettime(CLOCK_REALTIME, &ts);
 	ts.tv_sec += HANG;
-	if (pthread_timedjoin_np(worker->thread, NULL, &ts))
+	if (pthread_timedjoin_np(worker->thread, NULL, &ts)) {
+		print_hanging();
 		die("%s hangs", what);
+	}
 }
 
 static bool threads_round(struct rng *rng)
@@ -1380,65 +1619,216 @@ static bool threads_round(struct rng *rng)
 	stopping = true;
 	if (cfg.control)
 		join(control, "the control thread");
-	return verify(rng);
+	return !broken && verify(rng);
+}
+
+/* Whether the round fails again as the options are now. */
+static bool fails_again(void)
+{
+	struct rng rng;
+	unsigned int i;
+
+	for (i = 0; i < REPEAT; i++) {
+		end_round();
+		start_round(cfg.seed, &rng);
+		if (!threads_round(&rng))
+			return true;
+	}
+	return false;
+}
+
+/* Leaves away what the failure does not need, as far as a few repetitions tell. */
+static void simplify(void)
+{
+	time_t end = time(NULL) + SHRINK;
+	unsigned int i, old;
+
+	quiet = true;
+	if (!fails_again())
+		printf("# did not fail again in %u repetitions\n", REPEAT);
+	for (i = 0; i < FEATURES && time(NULL) < end; i++) {
+		old = opt.without;
+		opt.without |= 1U << i;
+		if (opt.without != old && !fails_again())
+			opt.without = old;
+	}
+	while (opt.threads > 2 && time(NULL) < end) {
+		opt.threads--;
+		if (!fails_again()) {
+			opt.threads++;
+			break;
+		}
+	}
+	while (cfg.ops > 10 && time(NULL) < end) {
+		old = opt.ops;
+		opt.ops = cfg.ops / 2;
+		if (!fails_again()) {
+			opt.ops = old;
+			break;
+		}
+	}
+	printf("# the simplest that fails again:\n");
+	quiet = false;
+	fails_again();
 }
 
 /*
  * One thread
  */
 
-static bool play(const struct op *ops, unsigned int n, struct rng *rng)
+/* Notes in the operations how they ended. */
+static bool play(struct op *ops, unsigned int n, struct rng *rng)
 {
 	unsigned int i;
 
-	for (i = 0; i < n; i++) {
+	for (i = 0; i < n && !broken; i++) {
 		struct op op = ops[i];
 
 		if (op.kind >= RESET)
 			run_control(&op, rng);
-		else if (op.sector + op.count <= cfg.sectors && !run_sync(&op, rng))
-			return false;
+		else if (op.sector + op.count <= cfg.sectors)
+			run_sync(&op, rng);
+		ops[i].result = op.result;
 	}
-	return verify(rng);
+	return !broken && verify(rng);
 }
 
 /* From a fresh device; what chance decides is the same each time. */
-static bool play_again(const struct op *ops, unsigned int n)
+static bool play_again(struct op *ops, unsigned int n)
 {
 	struct rng rng;
 
-	remove_device();
+	end_round();
 	start_round(cfg.seed, &rng);
-	cfg.buffered = false;
 	return play(ops, n, &rng);
 }
 
-static void print_stream(const struct op *ops, unsigned int n)
+/* The tag of tests/io for one of ours: each write has a letter. */
+static char letter(const struct op *ops, unsigned int n, uint32_t tag)
 {
+	static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+	unsigned int i, nth = 0;
+
+	for (i = 0; i < n; i++) {
+		if (ops[i].kind == WRITE && ops[i].tag == tag)
+			return letters[nth % (sizeof(letters) - 1)];
+		nth += ops[i].kind == WRITE;
+	}
+	return tag == TAG_BASE ? '.' : tag == TAG_ZERO ? '0' : '?';
+}
+
+static void print_control(const struct op *op, uint64_t *sectors)
+{
+	char params[512];
+
+	if (op->suspended || op->kind == SUSPEND)
+		printf(" 'suspend " NAME "'");
+	switch (op->kind) {
+	case RESET:
+		printf(" 'message " NAME " reset'");
+		break;
+	case LIMIT:
+		if (op->total)
+			printf(" && echo %ldK >" TOTAL_LIMIT " &&\\\n    io /dev/mapper/" NAME,
+			       op->limit ? op->limit * 4 : 1L << 40);
+		else if (op->limit)
+			printf(" 'message " NAME " limit %ld'", op->limit);
+		else
+			printf(" 'message " NAME " limit none'");
+		break;
+	case RELOAD:
+		table_params(params, sizeof(params), op->base, op->limit);
+		if (op->sectors > *sectors && !op->abandon)
+			*sectors = op->sectors;
+		printf(" 'load " NAME " %" PRIu64 " nbdcow %s'",
+		       op->abandon ? op->sectors : *sectors, params);
+		printf(op->abandon ? " 'run dmsetup clear " NAME "'" : " 'resume " NAME "'");
+		return;
+	case CLEAR_ALL:
+		printf(" 'discard 0 %" PRIu64 "s'", *sectors);
+		break;
+	default:
+		break;
+	}
+	if (op->suspended || op->kind == SUSPEND)
+		printf(" 'resume " NAME "'");
+}
+
+/* What shows the failure: the block of the sector that was wrong, or the status. */
+static void print_expected(const struct op *ops, unsigned int n)
+{
+	uint64_t at = wrong_sector / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+	unsigned int i, s;
+
+	if (wrong_sector == UINT64_MAX) {
+		printf(" && dmsetup status " NAME "\n");
+		return;
+	}
+	printf(" 'is %" PRIu64 "s ", at);
+	for (s = 0; s < SECTORS_PER_BLOCK && at + s < cfg.sectors; s++) {
+		const struct sector *sector = model_of(at + s);
+		uint32_t tag = STAMP_UNKNOWN;
+		unsigned int found = 0;
+
+		for (i = 0; i < sector->n; i++) {
+			if (sector->writes[i].gone == UINT64_MAX) {
+				tag = sector->writes[i].tag;
+				found++;
+			}
+		}
+		putchar(found == 1 ? letter(ops, n, tag) : '?');
+	}
+	printf("'\n");
+}
+
+static void print_stream(const struct op *ops, unsigned int n, uint64_t sectors)
+{
+	char params[512];
 	unsigned int i;
 
-	printf("# %u operations are enough, on a device of %" PRIu64 " sectors with %s and limit %ld"
-	       " (0: none):\n", n, cfg.sectors, opt.bases[cfg.base], cfg.limit);
+	table_params(params, sizeof(params), cfg.base, cfg.limit);
+	printf("# %u operations are enough:\n", n);
 	for (i = 0; i < n; i++) {
 		printf("#   ");
 		print_op(&ops[i]);
 		printf("\n");
 	}
+	printf("dmsetup create " NAME " --table '0 %" PRIu64 " nbdcow %s' &&\\\n"
+	       "    io /dev/mapper/" NAME, sectors, params);
+	for (i = 0; i < n; i++) {
+		const struct op *op = &ops[i];
+
+		if (op->kind >= RESET) {
+			print_control(op, &sectors);
+			continue;
+		}
+		if (op->sector + op->count > sectors)
+			continue;
+		printf(" '%s%s%s", op->result == -ENOSPC ? "fails ENOSPC " :
+				   op->result == -EAGAIN ? "fails EAGAIN " : "",
+		       op->flags & NOWAIT ? "nowait " : "",
+		       op->flags & DSYNC ? "fua" : kind_names[op->kind]);
+		if (op->kind != FLUSH)
+			printf(" %" PRIu64 "s %" PRIu64 "s", op->sector, op->count);
+		if (op->kind <= WRITE)
+			printf(" %c", op->kind == READ ? '?' : letter(ops, n, op->tag));
+		printf("'");
+	}
+	print_expected(ops, n);
 }
 
-/* Leaves away what the failure does not need, in pieces of half the size each time. */
-static unsigned int shorten(struct op *ops, unsigned int n)
+/* Leaves operations away, in pieces of half the number each time. */
+static unsigned int leave_away(struct op *ops, unsigned int n, time_t end)
 {
 	struct op *fewer = malloc(n * sizeof(*fewer));
 	unsigned int piece = n / 2, at, rest;
 
 	if (!fewer)
 		die("out of memory");
-	quiet = true;
-	while (piece) {
+	while (piece && time(NULL) < end) {
 		bool shorter = false;
 
-		for (at = 0; at < n;) {
+		for (at = 0; at < n && time(NULL) < end;) {
 			rest = at + piece < n ? n - at - piece : 0;
 			memcpy(fewer, ops, at * sizeof(*ops));
 			memcpy(fewer + at, ops + n - rest, rest * sizeof(*ops));
@@ -1453,9 +1843,33 @@ static unsigned int shorten(struct op *ops, unsigned int n)
 		if (!shorter || piece > 1)
 			piece /= 2;
 	}
-	quiet = false;
 	free(fewer);
 	return n;
+}
+
+/* Makes single operations plainer and shorter. */
+static void make_plain(struct op *ops, unsigned int n, time_t end)
+{
+	unsigned int i, kind;
+
+	for (i = 0; i < n; i++) {
+		for (kind = 0; kind < 3 && ops[i].kind < FLUSH && time(NULL) < end; kind++) {
+			struct op old = ops[i];
+
+			if (kind == 0 ? !old.flags && !old.shift : old.count == 1)
+				continue;
+			if (kind == 0)
+				ops[i].flags = ops[i].shift = 0;
+			else
+				ops[i].count -= old.count / 2;
+			if (kind == 2)
+				ops[i].sector += old.count / 2;
+			if (play_again(ops, n))
+				ops[i] = old;
+			else
+				kind = 0;	/* the halves of the half */
+		}
+	}
 }
 
 static bool single_round(struct rng *rng)
@@ -1463,20 +1877,25 @@ static bool single_round(struct rng *rng)
 	static struct op ops[SINGLE_OPS];
 	struct rng stream = { next_random(rng) };
 	uint64_t sectors = cfg.sectors;
+	time_t end;
 	unsigned int i, n;
 
 	/* the operations must not depend on how far the device has grown */
 	cfg.sectors = sizes[2];
 	for (i = 0; i < SINGLE_OPS; i++)
-		ops[i] = percent(&stream, 5) ? random_control(&stream, 0) : random_op(&stream, 0);
+		ops[i] = cfg.control && percent(&stream, 5) ? random_control(&stream, 0) :
+							      random_op(&stream, 0);
 	cfg.sectors = sectors;
-	cfg.buffered = false;
 	if (play(ops, SINGLE_OPS, rng))
 		return true;
-	n = shorten(ops, SINGLE_OPS);
+	end = time(NULL) + SHRINK;
+	quiet = true;
+	n = leave_away(ops, SINGLE_OPS, end);
+	make_plain(ops, n, end);
+	quiet = false;
 	if (play_again(ops, n))
 		printf("# the failure did not come again\n");
-	print_stream(ops, n);
+	print_stream(ops, n, sectors);
 	return false;
 }
 
@@ -1484,12 +1903,31 @@ static void usage(void)
 {
 	puts("usage: fuzz [OPTION]... BASE...\n"
 	     "BASE is a block device with the content that `io BASE 'write 0 end .'` gives; more\n"
-	     "than one must have the same.\n"
+	     "than one must have the same, those that know RWF_NOWAIT first.\n"
 	     "  --seed N       replays the run with this seed\n"
 	     "  --seconds N    how long, default 60; a round is always finished\n"
 	     "  --rounds N     how many rounds at most\n"
-	     "  --threads N    default 4; with 1 a failing stream is shortened\n"
-	     "  --vm           compacts memory and drops caches meanwhile");
+	     "  --repeat       each of them with the seed itself\n"
+	     "  --threads N    default 4; with 1 a failure is certain to come again\n"
+	     "  --ops N        of each thread in a round, at most\n"
+	     "  --without LIST of buffered,control,limits,nowait,uring,big,zeroes,vm\n"
+	     "  --tmpfs DIR    a directory on a tmpfs, where some rounds store their blocks\n"
+	     "  --cgroup DIR   whose memory is pushed to swap now and then");
+}
+
+static bool parse_without(char *list)
+{
+	unsigned int i;
+	char *name;
+
+	for (name = strtok(list, ","); name; name = strtok(NULL, ",")) {
+		for (i = 0; i < FEATURES && strcmp(name, features[i]); i++)
+			;
+		if (i == FEATURES)
+			return false;
+		opt.without |= 1U << i;
+	}
+	return true;
 }
 
 static bool parse_options(int argc, char **argv)
@@ -1499,7 +1937,11 @@ static bool parse_options(int argc, char **argv)
 		{ "seconds", required_argument, NULL, 't' },
 		{ "rounds", required_argument, NULL, 'r' },
 		{ "threads", required_argument, NULL, 'n' },
-		{ "vm", no_argument, NULL, 'v' },
+		{ "repeat", no_argument, NULL, 'R' },
+		{ "ops", required_argument, NULL, 'o' },
+		{ "without", required_argument, NULL, 'w' },
+		{ "tmpfs", required_argument, NULL, 'd' },
+		{ "cgroup", required_argument, NULL, 'c' },
 		{ NULL, 0, NULL, 0 },
 	};
 	struct timespec ts;
@@ -1521,8 +1963,21 @@ static bool parse_options(int argc, char **argv)
 		case 'n':
 			opt.threads = atoi(optarg);
 			break;
-		case 'v':
-			opt.vm = true;
+		case 'R':
+			opt.repeat = true;
+			break;
+		case 'o':
+			opt.ops = atoi(optarg);
+			break;
+		case 'w':
+			if (!parse_without(optarg))
+				return false;
+			break;
+		case 'd':
+			opt.tmpfs = optarg;
+			break;
+		case 'c':
+			opt.cgroup = optarg;
 			break;
 		default:
 			return false;
@@ -1533,21 +1988,41 @@ static bool parse_options(int argc, char **argv)
 	return opt.nr_bases && opt.threads && opt.threads <= THREADS;
 }
 
-static uint64_t size_of(const char *path)
+static void look_at_bases(void)
 {
-	int base = open(path, O_RDONLY | O_CLOEXEC);
+	char buf[4096] __attribute__((aligned(4096)));
+	struct iovec iov = { buf, sizeof(buf) };
+	unsigned int i;
 	uint64_t size;
 
-	if (base < 0 || ioctl(base, BLKGETSIZE64, &size))
-		die("%s: %s", path, strerror(errno));
-	close(base);
-	return size / SECTOR;
+	for (i = 0; i < opt.nr_bases; i++) {
+		int base = open(opt.bases[i], O_RDONLY | O_DIRECT | O_CLOEXEC);
+
+		if (base < 0 || ioctl(base, BLKGETSIZE64, &size))
+			die("%s: %s", opt.bases[i], strerror(errno));
+		if (i && size / SECTOR != base_sectors)
+			die("%s has another size", opt.bases[i]);
+		base_sectors = size / SECTOR;
+		if (i == opt.nr_nowait &&
+		    (preadv2(base, &iov, 1, 0, RWF_NOWAIT) >= 0 || errno == EAGAIN))
+			opt.nr_nowait++;
+		close(base);
+	}
+}
+
+static void read_total_limit(void)
+{
+	FILE *f = fopen(TOTAL_LIMIT, "r");
+
+	if (!f || fscanf(f, "%63s", total_limit) != 1)
+		die("cannot read " TOTAL_LIMIT);
+	fclose(f);
 }
 
 int main(int argc, char **argv)
 {
+	time_t start = time(NULL), told = start;
 	struct rng seeds, rng;
-	time_t end;
 	bool right = true;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
@@ -1555,27 +2030,41 @@ int main(int argc, char **argv)
 		usage();
 		return 2;
 	}
+	/* swapping is for the overlays */
+	if (mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
+		die("mlockall: %s", strerror(errno));
 	model = calloc(MODEL, sizeof(*model));
 	if (!model)
 		die("out of memory");
-	base_sectors = size_of(opt.bases[0]);
+	look_at_bases();
+	read_total_limit();
 	printf("# seed %" PRIu64 ", %u threads\n", opt.seed, opt.threads);
 	seeds.state = opt.seed;
-	end = time(NULL) + opt.seconds;
 	do {
 		/* the first round has the seed itself, so that it can be given back */
-		start_round(cfg.number++ ? next_random(&seeds) : opt.seed, &rng);
+		start_round(cfg.number++ && !opt.repeat ? next_random(&seeds) : opt.seed, &rng);
 		right = opt.threads == 1 ? single_round(&rng) : threads_round(&rng);
 		if (!right)
 			break;
-		remove_device();
+		end_round();
 		check_total_used(0);
-	} while (time(NULL) < end && (!opt.rounds || cfg.number < opt.rounds));
+		if (time(NULL) - told >= 60) {
+			told = time(NULL);
+			printf("# %ld s: %u rounds, %" PRIu64 " operations; this round's seed %" PRIu64
+			       "\n", told - start, cfg.number, total_ops, cfg.seed);
+		}
+	} while (time(NULL) - start < opt.seconds && (!opt.rounds || cfg.number < opt.rounds));
 	if (!right) {
 		print_replay();
-		remove_device();
+		if (opt.threads > 1) {
+			simplify();
+			print_replay();
+		}
+		end_round();
 		return 1;
 	}
-	printf("# %u rounds, %" PRIu64 " operations, nothing wrong\n", cfg.number, total_ops);
+	printf("# %ld s: %u rounds, %" PRIu64 " operations (%" PRIu64 " with RWF_NOWAIT, %" PRIu64
+	       " of them ended with EAGAIN), nothing wrong\n", time(NULL) - start, cfg.number,
+	       total_ops, nowait_ops, nowait_again);
 	return 0;
 }

@@ -3,28 +3,31 @@
 #
 # If this fails, some mixture of operations that nobody thought of loses data.
 #
-# FUZZ_SECONDS tells how long to look (default 60), FUZZ_SEED which run to
-# repeat.
+# FUZZ_SECONDS tells how long to look (default 60), FUZZ_SEED with which seed to
+# begin; V=1 shows the progress.
 
 . "$(dirname "$0")/common.sh"
 
+CGROUP=/sys/fs/cgroup/test-fuzz
+
 # The bases end within a block, shortly after a leaf of the map does: 64.25 MiB
-# and three sectors. One is slow in half of what is used most, so that reads of
-# it overlap with what follows.
+# and three sectors. The last is slow in half of what is used most, so that reads of
+# it overlap with what follows. /dev/ram1 is for swap.
 fixture()
 {
-	local sectors=$((131072 + 512 + 3))
+	local sectors=$((131072 + 512 + 3)) total=$MODULE/parameters/total_limit
 
 	need fuzz
-	make_brd 66560
+	make_brd 66560 2
+	unguard /dev/ram1
 	need_module dm-delay
 	make_dm test-fast "0 $sectors linear /dev/ram0 0"
+	make_dm test-twin "0 $sectors linear /dev/ram0 0"
 	make_dm test-slow "0 1024 delay /dev/ram0 0 1
 1024 130304 linear /dev/ram0 1024
 131328 $((sectors - 131328)) delay /dev/ram0 131328 1"
-	undo remove_rest
+	undo remove_rest "$(<"$total")"
 	seconds=${FUZZ_SECONDS:-60}
-	bases=(/dev/mapper/test-fast /dev/mapper/test-slow)
 }
 
 # What a failing run leaves behind.
@@ -33,6 +36,7 @@ remove_rest()
 	if dmsetup info nbdcow-fuzz >/dev/null 2>&1; then
 		dmsetup remove --force --retry nbdcow-fuzz
 	fi
+	echo "$1" >$MODULE/parameters/total_limit
 }
 
 # play SECONDS OPTION...
@@ -41,7 +45,7 @@ play()
 	local -a seed=()
 
 	[ -z "${FUZZ_SEED:-}" ] || seed=(--seed "$FUZZ_SEED")
-	fuzz --seconds "$1" "${seed[@]}" "${@:2}" "${bases[@]}"
+	fuzz --seconds "$1" "${seed[@]}" "${@:2}" /dev/mapper/test-{fast,twin,slow}
 }
 
 one_thread()
@@ -51,9 +55,45 @@ one_thread()
 
 threads()
 {
-	play $((seconds * 3 / 4)) --threads 4
+	play $((seconds / 2)) --threads 4
+}
+
+# Pages since the kernel booted.
+swapped_in()
+{
+	sed -n 's/^pswpin //p' /proc/vmstat
+}
+
+# On a tmpfs that is full soon, with huge pages where the kernel has them, and
+# swapped out all the time.
+swapped()
+{
+	local before
+
+	need mkswap swapon
+	[ -e /sys/fs/cgroup/cgroup.controllers ] || skip 'needs cgroup v2'
+	echo +memory >/sys/fs/cgroup/cgroup.subtree_control || skip 'needs the memory controller'
+	mkdir $CGROUP
+	undo rmdir $CGROUP
+	[ -e $CGROUP/memory.reclaim ] || skip 'needs memory.reclaim'
+	# older kernels would reach the RAM disk itself without any bio
+	make_dm test-swap '0 133120 linear /dev/ram1 0'
+	mkswap /dev/mapper/test-swap
+	swapon -p 30000 /dev/mapper/test-swap
+	undo swapoff /dev/mapper/test-swap
+	mkdir "$work/tmpfs"
+	mount -t tmpfs -o size=12m,huge=always none "$work/tmpfs" ||
+		mount -t tmpfs -o size=8m none "$work/tmpfs"
+	undo umount "$work/tmpfs"
+	before=$(swapped_in)
+	(
+		echo $BASHPID >$CGROUP/cgroup.procs
+		play $((seconds / 4)) --tmpfs "$work/tmpfs" --cgroup $CGROUP
+	)
+	[ "$(swapped_in)" -gt "$before" ] || fail 'nothing was swapped'
 }
 
 run_tests \
 	one_thread 'one thread, whose reads are certain' \
-	threads 'four threads on the same blocks'
+	threads 'four threads on the same blocks' \
+	swapped 'the same with overlays that are swapped out'

@@ -13,6 +13,7 @@
 #include <linux/aio_abi.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -36,8 +37,8 @@
 #define JOBS 320		/* commands in the background */
 #define DEADLINE 30		/* seconds to wait for a condition */
 
-static const char *path;
-static int fd;
+static const char *path, *main_path;
+static int fd = -1;
 static bool buffered;
 static uint64_t bytes;		/* size of the device */
 static unsigned int unit;	/* bytes of a logical block of it */
@@ -64,6 +65,9 @@ static struct request {
 static unsigned int nr_requests;
 static aio_context_t aio;
 
+/* What precedes each message, as long as faults are injected. */
+static char round_text[100];
+
 static void usage(void)
 {
 	puts("usage: io [-b] DEVICE COMMAND...\n"
@@ -84,15 +88,21 @@ static void usage(void)
 	     "pending N                     N requests and threads have not ended\n"
 	     "left N                        waits until only N of them have not ended\n"
 	     "asleep FUNCTION               waits until a thread sleeps there in the kernel\n"
+	     "create NAME SECTORS TARGET .. makes a device-mapper device\n"
+	     "remove NAME | absent NAME     takes it away; if there is one\n"
+	     "open NAME                     goes on with that one, and `open -` with DEVICE\n"
 	     "load NAME SECTORS TARGET ...  loads a table for a device-mapper device\n"
+	     "reload NAME SECTORS TARGET .. and takes it over\n"
 	     "suspend NAME | resume NAME    resume takes the new table, if there is one\n"
 	     "message NAME ...              sends it a message\n"
 	     "status NAME FIELD=VALUE...    fields of an overlay's status\n"
 	     "inflight DEVICE N             waits until DEVICE has N requests in flight\n"
 	     "held NAME N                   waits until the dm-delay device holds N reads\n"
 	     "run PROGRAM [ARG...]          must exit with 0\n"
+	     "echo TEXT FILE                writes that to the file, which need not succeed\n"
 	     "reject N NAME SECTORS ...     loads a table that is no good, N times\n"
 	     "timed N COMMAND               N times; prints the shortest in microseconds\n"
+	     "faults COMMAND                lets each allocation and request fail in turn, see below\n"
 	     "size N                        the device has N bytes\n"
 	     "sum                           prints a checksum of the device\n"
 	     "\n"
@@ -101,7 +111,16 @@ static void usage(void)
 	     "sweep                         writes and reads of every alignment over every\n"
 	     "                              mixture of three blocks; wants 97,200 KiB\n"
 	     "random SEED N                 N random reads, writes, discards and zeroings\n"
-	     "verify                        compares the whole device with the model");
+	     "verify                        compares the whole device with the model\n"
+	     "\n"
+	     "faults COMMAND                runs the command while its first, second and so on\n"
+	     "                              allocation or request fails, and while all fail from\n"
+	     "                              there on. After a failure each block must be as before\n"
+	     "                              or as wanted, and the command must work again. Then,\n"
+	     "                              and after success, the device must be as in the model.\n"
+	     "before | after COMMAND         at the start and the end of each of these rounds\n"
+	     "failed COMMAND                after each failure\n"
+	     "try COMMAND                   may fail, and has then changed nothing");
 }
 
 static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt, ...)
@@ -109,7 +128,7 @@ static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt,
 	va_list args;
 
 	flockfile(stdout);
-	printf("# %s: ", path);
+	printf("# %s: %s", path, round_text);
 	va_start(args, fmt);
 	vprintf(fmt, args);
 	va_end(args);
@@ -456,6 +475,17 @@ static void do_run(char **argv)
 		die("%s %s ended with status %d", argv[0], argv[1] ? argv[1] : "", status);
 }
 
+static void do_echo(const char *text, const char *file)
+{
+	int out = open(file, O_WRONLY | O_CLOEXEC);
+
+	if (out < 0)
+		die("%s: %s", file, strerror(errno));
+	if (write(out, text, strlen(text)) < 0)
+		errno = 0;
+	close(out);
+}
+
 /* The words from the one at @words on, with blanks between. */
 static void join_words(char *text, size_t size, char **words)
 {
@@ -472,6 +502,65 @@ static int do_load(char **words)
 
 	join_words(params, sizeof(params), words + 3);
 	return dm_load(words[0], parse_bytes(words[1], 0), words[2], params);
+}
+
+static int do_reload(char **words)
+{
+	int ret = do_load(words);
+
+	return ret ? ret : dm_resume(words[0]);
+}
+
+static int do_create(char **words)
+{
+	int ret = dm_create(words[0]);
+
+	return ret ? ret : do_reload(words);
+}
+
+static void do_absent(const char *name)
+{
+	int ret = dm_remove(name);
+
+	if (ret && ret != -ENXIO)
+		die("cannot remove %s: %s", name, strerror(-ret));
+}
+
+static void open_device(const char *name)
+{
+	int mode = O_CLOEXEC | (buffered ? 0 : O_DIRECT);
+	struct stat st;
+
+	if (fd >= 0)
+		close(fd);
+	path = name;
+	/* some devices are read-only, and some commands want nothing else */
+	fd = open(path, O_RDWR | mode);
+	if (fd < 0 && (errno == EACCES || errno == EROFS || errno == EPERM))
+		fd = open(path, O_RDONLY | mode);
+	if (fd < 0)
+		die("%s", strerror(errno));
+	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) || ioctl(fd, BLKGETSIZE64, &bytes) ||
+	    ioctl(fd, BLKSSZGET, &unit))
+		die("no block device");
+}
+
+/* Opens a device-mapper device by its name, since nobody may have made a link, or DEVICE. */
+static void do_open(const char *name)
+{
+	static char node[32];
+	unsigned int number;
+
+	free(model);
+	model = NULL;
+	if (!strcmp(name, "-")) {
+		open_device(main_path);
+		return;
+	}
+	if (dm_minor(name, &number))
+		die("there is no %s", name);
+	snprintf(node, sizeof(node), "/dev/dm-%u", number);
+	open_device(node);
 }
 
 static void do_reject(unsigned int count, char **words)
@@ -521,6 +610,7 @@ static int do_status(char **words)
 }
 
 static int command(char *text);
+static int execute(char *text, int *want);
 
 static void do_timed(unsigned int count, char **words)
 {
@@ -852,14 +942,18 @@ static int data_command(char **words, int count, int flags, int want, const char
 	uint64_t offset, len;
 	uint32_t tag;
 
-	if (!strcmp(words[0], "submit") && count > 5 && !strcmp(words[1], "nowait")) {
-		flags |= RWF_NOWAIT;
+	if (!strcmp(words[0], "submit") && count > 1) {
 		words++;
 		count--;
-	}
-	if (!strcmp(words[0], "submit") && count == 5 && !strcmp(words[1], "write")) {
-		offset = parse_bytes(words[2], 0);
-		return do_submit(offset, parse_bytes(words[3], offset), parse_tag(words[4][0]),
+		if (!strcmp(words[0], "nowait") && count > 1) {
+			flags |= RWF_NOWAIT;
+			words++;
+			count--;
+		}
+		if (count != 4 || strcmp(words[0], "write"))
+			return 1;
+		offset = parse_bytes(words[1], 0);
+		return do_submit(offset, parse_bytes(words[2], offset), parse_tag(words[3][0]),
 				 flags, want, text);
 	}
 
@@ -889,15 +983,288 @@ static int data_command(char **words, int count, int flags, int want, const char
 	return 1;
 }
 
-static int command(char *text)
+/*
+ * Faults
+ */
+
+#define ROUND_COMMANDS 16
+#define TASKS 256
+#define POINTS 8		/* of each kind, from which on all allocations fail */
+
+static struct commands {
+	char *texts[ROUND_COMMANDS];
+	unsigned int count;
+} before, failed, after;
+
+/* A file in /proc of each task that works for us; our own is the last. */
+static int tasks[TASKS];
+static unsigned int nr_tasks;
+
+static void remember(struct commands *list, char **words)
+{
+	char text[1024];
+
+	if (list->count == ROUND_COMMANDS)
+		die("too many commands");
+	join_words(text, sizeof(text), words);
+	list->texts[list->count++] = strdup(text);
+}
+
+static void play(struct commands *list)
+{
+	char text[1024];
+	unsigned int i;
+
+	for (i = 0; i < list->count; i++) {
+		snprintf(text, sizeof(text), "%s", list->texts[i]);
+		command(text);
+	}
+}
+
+static void forget(struct commands *list)
+{
+	while (list->count)
+		free(list->texts[--list->count]);
+}
+
+/*
+ * After a failed write or discard: each block is as before or as wanted. The
+ * model says afterwards which.
+ */
+static void settle(char **words)
+{
+	uint64_t offset, end, at, next, i;
+	uint32_t tag = TAG_ZERO;
+	char *buf;
+
+	if (!strcmp(words[0], "write") || !strcmp(words[0], "fua"))
+		tag = parse_tag(words[3][0]);
+	else if (strcmp(words[0], "discard") && strcmp(words[0], "zeroout") &&
+		 strcmp(words[0], "punch") && strcmp(words[0], "zerorange"))
+		return;
+
+	buf = get_buffer(BLOCK);
+	offset = parse_bytes(words[1], 0);
+	end = offset + parse_bytes(words[2], offset);
+	for (at = offset; at < end; at = next) {
+		next = (at / BLOCK + 1) * BLOCK;
+		if (next > end)
+			next = end;
+		if (transfer(false, &(struct iovec){ buf, next - at }, 1, at, 0))
+			die("cannot read at %" PRIu64, at);
+		for (i = 0; i < (next - at) / SECTOR; i++)
+			if (stamp_tag(buf + i * SECTOR, at / SECTOR + i) != tag)
+				break;
+		if (i == (next - at) / SECTOR)
+			model_set(at, next - at, tag);
+		else
+			compare(buf, at, next - at, 0, tag_model, NULL, "after a failure");
+	}
+	free(buf);
+}
+
+/* Returns: 0 or -errno. */
+static int attempt(char **words)
+{
+	char text[1024];
+	int want, ret;
+
+	join_words(text, sizeof(text), words);
+	ret = execute(text, &want);
+	/* device-mapper has other errors, too */
+	if (ret && model && ret != -ENOMEM && ret != -EIO && ret != -ENOSPC)
+		die("%s: %s", words[0], strerror(-ret));
+	return ret;
+}
+
+/* Those who work for us are the kernel's workers; they come and go. */
+static void open_tasks(const char *name)
+{
+	DIR *dir = opendir("/proc");
+	struct dirent *entry;
+	char file[300], comm[64];
+	FILE *f;
+
+	while (dir && (entry = readdir(dir)) && nr_tasks < TASKS - 1) {
+		snprintf(file, sizeof(file), "/proc/%s/comm", entry->d_name);
+		f = atoi(entry->d_name) ? fopen(file, "r") : NULL;
+		if (!f)
+			continue;
+		if (fgets(comm, sizeof(comm), f) &&
+		    (!strncmp(comm, "kworker", 7) || !strncmp(comm, "nbdcow", 6))) {
+			snprintf(file, sizeof(file), "/proc/%s/%s", entry->d_name, name);
+			tasks[nr_tasks] = open(file, O_RDWR | O_CLOEXEC);
+			if (tasks[nr_tasks] >= 0)
+				nr_tasks++;
+		}
+		fclose(f);
+	}
+	if (dir)
+		closedir(dir);
+	snprintf(file, sizeof(file), "/proc/self/%s", name);
+	tasks[nr_tasks] = open(file, O_RDWR | O_CLOEXEC);
+	if (tasks[nr_tasks++] < 0)
+		die("%s: %s", file, strerror(errno));
+}
+
+static void tell_tasks(unsigned int value)
+{
+	char text[16];
+	int len = snprintf(text, sizeof(text), "%u", value);
+	unsigned int i;
+
+	/* a worker may have ended */
+	for (i = 0; i < nr_tasks; i++)
+		if (pwrite(tasks[i], text, len, 0) != len && i == nr_tasks - 1)
+			die("cannot write %s: %s", text, strerror(errno));
+}
+
+static void close_tasks(void)
+{
+	while (nr_tasks)
+		close(tasks[--nr_tasks]);
+}
+
+/* The @nth allocation or request of each task fails. Returns: whether there was one. */
+static bool fail_nth(unsigned int nth, char **words, int *ret)
+{
+	bool hit = false;
+	unsigned int i;
+
+	open_tasks("fail-nth");
+	tell_tasks(nth);
+	*ret = attempt(words);
+	for (i = nr_tasks; i-- > 0;) {
+		char text[16] = "";
+
+		if (pread(tasks[i], text, sizeof(text) - 1, 0) > 0 && !atoi(text))
+			hit = true;
+		if (pwrite(tasks[i], "0", 1, 0) != 1 && i == nr_tasks - 1)
+			die("cannot end the faults: %s", strerror(errno));
+	}
+	close_tasks();
+	return hit;
+}
+
+static int open_knob(const char *kind, const char *name)
+{
+	char file[100];
+	int knob;
+
+	snprintf(file, sizeof(file), "/sys/kernel/debug/%s/%s", kind, name);
+	knob = open(file, O_RDWR | O_CLOEXEC);
+	if (knob < 0)
+		die("%s: %s", file, strerror(errno));
+	return knob;
+}
+
+static void set_knob(int knob, const char *text)
+{
+	if (write(knob, text, strlen(text)) != (ssize_t)strlen(text))
+		die("cannot set a fault to %s: %s", text, strerror(errno));
+}
+
+/*
+ * All allocations of a kind fail once there were so many; what is counted is
+ * bytes for slabs, pages for pages. Returns: how much there was.
+ */
+static long fail_from(const char *kind, long from, char **words, int *ret)
+{
+	int space = open_knob(kind, "space"), times = open_knob(kind, "times");
+	char text[24];
+
+	snprintf(text, sizeof(text), "%ld", from + 1);
+	set_knob(space, text);
+	open_tasks("make-it-fail");
+	tell_tasks(1);
+	set_knob(times, "-1");
+	*ret = attempt(words);
+	set_knob(times, "0");
+	tell_tasks(0);
+	close_tasks();
+	memset(text, 0, sizeof(text));
+	if (read(space, text, sizeof(text) - 1) <= 0)
+		die("cannot read how much is left");
+	close(space);
+	close(times);
+	return from + 1 - atol(text);
+}
+
+/* What follows an attempt. Returns: whether it had failed. */
+static bool end_round(char **words, int ret)
+{
+	if (ret) {
+		play(&failed);
+		if (model) {
+			settle(words);
+			if (do_check(0, bytes, tag_model, NULL, 0, "device after a failure"))
+				die("cannot read the device");
+		}
+		if (attempt(words))
+			die("%s does not work any more", words[0]);
+	}
+	play(&after);
+	if (model && do_check(0, bytes, tag_model, NULL, 0, "device"))
+		die("cannot read the device");
+	return ret;
+}
+
+static void do_faults(char **words)
+{
+	static const char *const kinds[] = { "failslab", "fail_page_alloc" };
+	unsigned int nth, misses = 0, rounds = 0, failures = 0, kind;
+	char text[200];
+	long all, from;
+	int ret;
+
+	/* no new pages for buffers while allocations fail */
+	mallopt(M_MMAP_THRESHOLD, 1 << 30);
+	mallopt(M_TRIM_THRESHOLD, 1 << 30);
+	join_words(text, sizeof(text), words);
+	play(&before);
+	if (attempt(words))
+		die("%s: fails anyway", text);
+	end_round(words, 0);
+
+	/* a worker that is new has not been told */
+	for (nth = 1; misses < 3; nth++) {
+		snprintf(round_text, sizeof(round_text), "fault %u: ", nth);
+		play(&before);
+		misses = fail_nth(nth, words, &ret) ? 0 : misses + 1;
+		rounds++;
+		failures += end_round(words, ret);
+	}
+	for (kind = 0; kind < 2; kind++) {
+		play(&before);
+		all = fail_from(kinds[kind], 1L << 30, words, &ret);
+		end_round(words, ret);
+		for (from = 0; from < all; from += all / POINTS + 1) {
+			snprintf(round_text, sizeof(round_text), "%s from %ld on: ", kinds[kind],
+				 from);
+			play(&before);
+			fail_from(kinds[kind], from, words, &ret);
+			rounds++;
+			failures += end_round(words, ret);
+		}
+	}
+	round_text[0] = '\0';
+	forget(&before);
+	forget(&failed);
+	forget(&after);
+	printf("%s: %u rounds, %u failures\n", text, rounds, failures);
+}
+
+/* Returns: 0 or -errno; @want is set to what it should be. */
+static int execute(char *text, int *want)
 {
 	char *words[WORDS + 1] = { NULL }, *save, *label = strdup(text);
-	int count = 0, want = 0, ret = 0, flags = 0, first = 0;
+	int count = 0, ret = 0, flags = 0, first = 0;
 
+	*want = 0;
 	for (char *w = strtok_r(text, " ", &save); w && count < WORDS; w = strtok_r(NULL, " ", &save))
 		words[count++] = w;
 	if (count > 2 && !strcmp(words[0], "fails")) {
-		want = -parse_errno(words[1]);
+		*want = -parse_errno(words[1]);
 		first = 2;
 	}
 	if (count > first + 1 && !strcmp(words[first], "nowait")) {
@@ -910,6 +1277,8 @@ static int command(char *text)
 
 	if (!strcmp(words[first], "run"))
 		do_run(words + first + 1);
+	else if (!strcmp(words[first], "echo") && count == 3)
+		do_echo(words[first + 1], words[first + 2]);
 	else if (!strcmp(words[first], "flush"))
 		ret = do_flush(false);
 	else if (!strcmp(words[first], "drop"))
@@ -930,6 +1299,26 @@ static int command(char *text)
 		do_inflight(words[first + 1], atoi(words[first + 2]));
 	else if (!strcmp(words[first], "timed") && count > 2)
 		do_timed(atoi(words[first + 1]), words + first + 2);
+	else if (!strcmp(words[first], "create") && count > 3)
+		ret = do_create(words + first + 1);
+	else if (!strcmp(words[first], "reload") && count > 3)
+		ret = do_reload(words + first + 1);
+	else if (!strcmp(words[first], "remove") && count == 2)
+		ret = dm_remove(words[first + 1]);
+	else if (!strcmp(words[first], "absent") && count == 2)
+		do_absent(words[first + 1]);
+	else if (!strcmp(words[first], "open") && count == 2)
+		do_open(words[first + 1]);
+	else if (!strcmp(words[first], "before") && count > 1)
+		remember(&before, words + first + 1);
+	else if (!strcmp(words[first], "failed") && count > 1)
+		remember(&failed, words + first + 1);
+	else if (!strcmp(words[first], "after") && count > 1)
+		remember(&after, words + first + 1);
+	else if (!strcmp(words[first], "faults") && count > 1)
+		do_faults(words + first + 1);
+	else if (!strcmp(words[first], "try") && count > 1)
+		attempt(words + first + 1);
 	else if (!strcmp(words[first], "load") && count > 3)
 		ret = do_load(words + first + 1);
 	else if (!strcmp(words[first], "reject") && count > 4)
@@ -956,10 +1345,19 @@ static int command(char *text)
 		if (bytes != parse_bytes(words[first + 1], 0))
 			die("%s: it has %" PRIu64 " bytes", label, bytes);
 	} else {
-		ret = data_command(words + first, count, flags, want, label);
+		ret = data_command(words + first, count, flags, *want, label);
 		if (ret == 1)
 			die("%s: no such command", label);
 	}
+	free(label);
+	return ret;
+}
+
+static int command(char *text)
+{
+	char *label = strdup(text);
+	int want, ret = execute(text, &want);
+
 	if (ret != want)
 		die("%s: %s", label, ret ? strerror(-ret) : "did not fail");
 	free(label);
@@ -968,7 +1366,6 @@ static int command(char *text)
 
 int main(int argc, char **argv)
 {
-	struct stat st;
 	int i;
 
 	if (argc > 1 && !strcmp(argv[1], "-b")) {
@@ -980,16 +1377,8 @@ int main(int argc, char **argv)
 		usage();
 		return 2;
 	}
-	path = argv[1];
-	/* some devices are read-only, and some commands want nothing else */
-	fd = open(path, O_RDWR | O_CLOEXEC | (buffered ? 0 : O_DIRECT));
-	if (fd < 0 && (errno == EACCES || errno == EROFS || errno == EPERM))
-		fd = open(path, O_RDONLY | O_CLOEXEC | (buffered ? 0 : O_DIRECT));
-	if (fd < 0)
-		die("%s", strerror(errno));
-	if (fstat(fd, &st) || !S_ISBLK(st.st_mode) || ioctl(fd, BLKGETSIZE64, &bytes) ||
-	    ioctl(fd, BLKSSZGET, &unit))
-		die("no block device");
+	main_path = argv[1];
+	open_device(main_path);
 	for (i = 2; i < argc; i++) {
 		if (!strncmp(argv[i], "bg ", 3))
 			do_bg(argv[i] + 3);

@@ -76,6 +76,7 @@ rejects_the_rest()
 {
 	local -a expected=() tables=()
 	local count='Invalid number of feature arguments' unknown='Unknown feature argument'
+	local cache='cache_limit takes a number of 4 KiB blocks'
 	local limit='limit takes a number of 4 KiB blocks' tmpfs='tmpfs takes the absolute path'
 
 	rejects 'No base device given' ''
@@ -85,7 +86,7 @@ rejects_the_rest()
 	rejects "$count" " $dev -1"
 	rejects "$count" " $dev 1"
 	rejects "$count" " $dev 3 limit 4"
-	rejects "$count" " $dev 6 limit 1 limit 1 limit 1"
+	rejects "$count" " $dev 10 limit 1 limit 1 limit 1 limit 1 limit 1"
 	rejects 'More arguments than' " $dev 0 limit 4"
 	rejects 'More arguments than' " $dev 2 limit 4 limit 4"
 	rejects "$unknown" " $dev 1 blue"
@@ -100,6 +101,10 @@ rejects_the_rest()
 	rejects "$limit" " $dev 2 limit 9223372036854775808"
 	rejects "$limit" " $dev 2 limit 99999999999999999999"
 	rejects "$limit" " $dev 4 limit 4 limit 5"
+	rejects "$cache" " $dev 1 cache_limit"
+	rejects "$cache" " $dev 2 cache_limit 0"
+	rejects "$cache" " $dev 4 cache_limit 4 cache_limit 4"
+	rejects "$unknown" " $dev 2 cow_on_read on"
 	rejects "$tmpfs" " $dev 1 tmpfs"
 	rejects "$tmpfs" " $dev 2 tmpfs tmp"
 	rejects "$tmpfs" " $dev 4 tmpfs $work tmpfs $work"
@@ -220,10 +225,41 @@ objects()
 
 module_stays_while_used()
 {
-	make_cow test-cow 2048 "$dev"
+	local player i
+
+	# a table that nobody has taken over yet is a use
+	dmsetup create test-cow --notable
+	undo dmsetup remove --retry test-cow
+	dmsetup load test-cow --table "0 4096 nbdcow $dev"
 	fails rmmod dm-nbdcow
-	io /dev/mapper/test-cow 'write 0 4k A' 'check 0 4k A'
-	is 'the number of words of a status' "$(dmsetup status test-cow | wc -w)" 10
+	dmsetup resume test-cow
+	dmsetup suspend test-cow
+	fails rmmod dm-nbdcow
+	dmsetup resume test-cow
+	io /dev/mapper/test-cow "model $(blockdev --getsize64 "$dev")" 'random 1 1000' verify &
+	player=$!
+	for ((i = 0; i < 20; i++)); do
+		fails rmmod dm-nbdcow
+	done
+	wait $player
+	is 'the number of words of a status' "$(dmsetup status test-cow | wc -w)" 18
+}
+
+# Right after the last device, of which parts are still being freed.
+module_goes()
+{
+	local i
+
+	[ "$refcnt_before" = 0 ] || skip 'others use the module'
+	for i in 1 2 3 4 5; do
+		make_cow test-cow 262144 "$dev"
+		io /dev/mapper/test-cow 'write 0 1M A' 'write 9s 1s B' 'write 70M 64k A' \
+			'discard 0 64M'
+		dmsetup remove test-cow
+		unset 'undo_list[-1]'
+		rmmod dm-nbdcow
+		modprobe dm-nbdcow
+	done
 }
 
 read_only_device()
@@ -245,4 +281,5 @@ run_tests \
 	alone_in_a_table 'rejects a table with other lines' \
 	rejected_tables_cost_nothing 'rejected tables leak nothing' \
 	module_stays_while_used 'the module cannot go while a device uses it' \
+	module_goes 'the module can go when no device is left' \
 	read_only_device 'a read-only device'

@@ -89,17 +89,16 @@ static char *mounted_on(dev_t dev)
 	unsigned int maj, min;
 	size_t size = 0;
 
-	while (mounts && !where && getline(&line, &size, mounts) > 0)
-		if (sscanf(line, "%*d %*d %u:%u %*s %ms", &maj, &min, &where) == 3 &&
-		    !is_part_of(makedev(maj, min), dev)) {
+	while (mounts && !where && getline(&line, &size, mounts) > 0) {
+		where = parse_mount(line, &maj, &min);
+		if (where && !is_part_of(makedev(maj, min), dev)) {
 			free(where);
 			where = NULL;
 		}
+	}
 	free(line);
 	if (mounts)
 		fclose(mounts);
-	if (where)
-		unescape_octal(where);
 	return where;
 }
 
@@ -752,7 +751,7 @@ static int remove_locked(const struct args *args)
 	/* Without a device there may still be the end of an earlier remove to do. */
 	if (err == -ENODEV && !nbd_find(args->mangled, &link))
 		return release_base(args->mangled);
-	if (err || cow.state != COW_HALF_MADE)
+	if (err == -ENODEV || (!err && cow.state != COW_HALF_MADE))
 		err = find_cow(args, &cow);
 	if (err)
 		return err;

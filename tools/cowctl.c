@@ -322,7 +322,8 @@ int main(int argc, char **argv)
 	int c, err;
 
 	opterr = 0;
-	while ((c = getopt_long(argc, argv, "hjV", options, NULL)) != -1) {
+	/* No letters: what is not understood is then always the whole of a word. */
+	while ((c = getopt_long_only(argc, argv, "", options, NULL)) != -1) {
 		switch (c) {
 		case 'h':
 			want_help = true;

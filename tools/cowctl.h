@@ -3,8 +3,8 @@
  * cowctl: make, watch and export temporary writable copies of block devices.
  *
  * cmds.c, change.c and prefetch.c have the commands and call every layer. dm.c,
- * nbd.c, loop.c, parts.c and export.c know only util.c; helper.c, and watch.c and
- * holes.c above it, also dm.c.
+ * nbd.c, loop.c, parts.c and export.c know only parse.c and util.c; helper.c, and
+ * watch.c and holes.c above it, also dm.c.
  * Functions return 0 or -errno. The layer that fails prints the one message,
  * through fail(); whoever gets the error back passes it on in silence.
  */
@@ -75,7 +75,7 @@ struct args {
 	bool json;
 };
 
-/* util.c: parsers without side effects */
+/* parse.c */
 
 struct nbd_uri {
 	char host[256];			/* empty for a Unix socket */
@@ -119,6 +119,19 @@ struct cow_status {
 	uint64_t queued;
 };
 
+/* A connection to an NBD server. */
+struct nbd_link {
+	char dev[32];			/* /dev/nbdN */
+	char uri[PATH_MAX + 4352];
+	bool connected;
+};
+
+/* What serves a device, and where. */
+struct export {
+	char server[16];
+	char uri[PATH_MAX];
+};
+
 const char *name_error(const char *name);
 int mangle_name(const char *name, char mangled[NAME_BYTES]);
 int parse_size(const char *text, uint64_t *bytes);
@@ -128,13 +141,19 @@ int parse_range(const char *text, uint64_t *start, uint64_t *end);
 int parse_nbd_uri(const char *text, struct nbd_uri *uri);
 int parse_table(const char *params, struct cow_table *table);
 int parse_status(const char *params, struct cow_status *status);
+char *parse_mount(const char *line, unsigned int *major, unsigned int *minor);
+long parse_nbd_record(const char *text, struct nbd_link *link);
+int parse_export_record(const char *text, struct export *export);
+bool is_server(const char *args, size_t size, const char *pid_file);
+char *table_error(char *record);
+void last_line(char *text, char *line, size_t size);
 void unescape_octal(char *text);
 int percent_encode(const char *text, char *out, size_t size);
 const char *human_size(uint64_t bytes, char buf[16]);
 const char *nearest(const char *word, const char *const *words);
 bool printable(const char *text);
 
-/* util.c: messages, files, processes */
+/* util.c */
 
 void put_message(const char *text);
 int fail(int err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -213,12 +232,6 @@ int loop_attach(const char *path, char dev[PATH_MAX]);
 
 #define SLOT_BYTES	(NAME_BYTES + 1)
 
-struct nbd_link {
-	char dev[32];			/* /dev/nbdN */
-	char uri[PATH_MAX + 4352];
-	bool connected;
-};
-
 int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX]);
 int nbd_find(const char *mangled, struct nbd_link *link);
 int nbd_release(const char *mangled);
@@ -256,11 +269,6 @@ void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes);
 void holes_stop(const char *mangled);
 
 /* export.c */
-
-struct export {
-	char server[16];
-	char uri[PATH_MAX];
-};
 
 int export_find(const char *mangled, struct export *export);
 int export_start(const struct cow *cow, const struct args *args);

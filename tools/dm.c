@@ -68,11 +68,20 @@ static struct dm_task *task_new(int type, const char *mangled)
 
 static int task_run(struct dm_task *task)
 {
+	char version[32];
+
 	if (!task)
-		return -ENOMEM;
+		return dm_driver_version(version, sizeof(version)) ? -ENOMEM : -ENOPKG;
 	if (dm_task_run(task))
 		return 0;
 	return dm_task_get_errno(task) ? -dm_task_get_errno(task) : -EIO;
+}
+
+static int fail_query(int err, const char *about)
+{
+	if (err == -ENOPKG)
+		return fail(err, "this kernel has no device-mapper");
+	return fail(err, "cannot ask device-mapper for %s: %s", about, strerror(-err));
 }
 
 /* Return: 1 when the kernel has the target, 0 when not, -errno. */
@@ -120,7 +129,7 @@ int dm_need_target(void)
 		return ret;
 	known = target_known();
 	if (known < 0)
-		return fail(-ENOPKG, "this kernel has no device-mapper: %s", strerror(-known));
+		return fail_query(-ENOPKG, TARGET);
 	if (!known)
 		return fail(-ENOPKG, "the kernel module " MODULE
 			    " is not loaded and cannot be; install it for this kernel");
@@ -228,13 +237,18 @@ int dm_find(const char *mangled, struct cow *cow)
 	if (task)
 		dm_task_destroy(task);
 	if (err && err != -ENODEV)
-		fail(err, "cannot ask device-mapper about %s: %s", mangled, strerror(-err));
+		fail_query(err, mangled);
+	/* Where no udev makes nodes, a create that was killed may have made none. */
+	if (!err && cow->state == COW_LIVE && !dm_udev_get_sync_support() &&
+	    access(cow->path, F_OK))
+		dm_mknodes(cow->mangled);
 	return err;
 }
 
 int dm_find_number(unsigned int major, unsigned int minor, struct cow *cow)
 {
 	struct dm_task *task = task_new(DM_DEVICE_INFO, NULL);
+	char number[24];
 	int err;
 
 	if (task && (!dm_task_set_major(task, major) || !dm_task_set_minor(task, minor)))
@@ -243,8 +257,9 @@ int dm_find_number(unsigned int major, unsigned int minor, struct cow *cow)
 		err = find(task, cow);
 	if (task)
 		dm_task_destroy(task);
+	snprintf(number, sizeof(number), "%u:%u", major, minor);
 	if (err && err != -ENODEV)
-		fail(err, "cannot ask device-mapper about %u:%u: %s", major, minor, strerror(-err));
+		fail_query(err, number);
 	return err;
 }
 
@@ -257,7 +272,7 @@ int dm_each(int (*call)(const struct cow *cow, void *arg), void *arg)
 	struct cow cow;
 
 	if (err) {
-		fail(err, "cannot ask device-mapper for its devices: %s", strerror(-err));
+		fail_query(err, "its devices");
 		goto out;
 	}
 	names = dm_task_get_names(task);
@@ -283,7 +298,6 @@ out:
  */
 static const char *reason(int kmsg, int err, char *text, size_t size)
 {
-	static const char mark[] = ": " TARGET ": ";
 	ssize_t n;
 
 	while (kmsg >= 0 && ((n = read(kmsg, text, size - 1)) > 0 || (n < 0 && errno == EPIPE))) {
@@ -292,11 +306,9 @@ static const char *reason(int kmsg, int err, char *text, size_t size)
 		if (n < 0)
 			continue;	/* the log has gone on so far that some is lost */
 		text[n] = '\0';
-		found = strstr(text, mark);
-		if (found && strstr(text, "device-mapper: table:")) {
-			found[strcspn(found, "\n")] = '\0';
-			return found + strlen(mark);
-		}
+		found = table_error(text);
+		if (found)
+			return found;
 	}
 	return strerror(-err);
 }

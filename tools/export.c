@@ -44,11 +44,11 @@ static void remove_file(const char *mangled, const char *suffix)
 }
 
 /* Return: whether process @pid is a server that was given @pid_file. */
-static bool is_server(const char *pid, const char *pid_file)
+static bool runs_server(const char *pid, const char *pid_file)
 {
 	char *path = xasprintf("/proc/%s/cmdline", pid);
-	char args[16384], *base;
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	char args[16384];
 	ssize_t n = fd < 0 ? 0 : read(fd, args, sizeof(args) - 1);
 	struct stat st;
 	bool ours = fd >= 0 && !fstat(fd, &st) && st.st_uid == 0;
@@ -59,13 +59,7 @@ static bool is_server(const char *pid, const char *pid_file)
 	if (n <= 0 || !ours)
 		return false;
 	args[n] = '\0';
-	base = strrchr(args, '/') ? strrchr(args, '/') + 1 : args;
-	if (strcmp(base, "nbdkit") && strcmp(base, "nbd-server"))
-		return false;
-	for (char *arg = args; arg < args + n; arg += strlen(arg) + 1)
-		if (!strcmp(arg, pid_file))
-			return true;
-	return false;
+	return is_server(args, n, pid_file);
 }
 
 /* Opens up to @max of the server's processes. Return: how many there are. */
@@ -85,7 +79,7 @@ static int find_server(const char *mangled, int *fds, int max)
 		fd = pidfd_open(atoi(entry->d_name), 0);
 		if (fd < 0)
 			continue;
-		if (is_server(entry->d_name, pid_file))
+		if (runs_server(entry->d_name, pid_file))
 			fds[n++] = fd;
 		else
 			close(fd);
@@ -111,15 +105,10 @@ int export_find(const char *mangled, struct export *export)
 {
 	char *path = run_path(mangled, "export");
 	char text[sizeof(export->uri) + 32];
-	int err = read_line(path, text, sizeof(text)), used = 0;
+	int err = read_line(path, text, sizeof(text));
 
 	free(path);
-	memset(export, 0, sizeof(*export));
-	if (err || sscanf(text, "%15s %n", export->server, &used) != 1 || !used ||
-	    !server_runs(mangled))
-		return -ENOENT;
-	snprintf(export->uri, sizeof(export->uri), "%s", text + used);
-	return 0;
+	return err || parse_export_record(text, export) || !server_runs(mangled) ? -ENOENT : 0;
 }
 
 static void wait_for_end(int fd, int64_t deadline)

@@ -52,6 +52,8 @@ static int write_record(void *arg)
 	int err = write_file(record->path, text);
 
 	free(text);
+	if (err)
+		fprintf(stderr, "cannot write %s: %s\n", record->path, strerror(-err));
 	return err;
 }
 
@@ -60,17 +62,15 @@ int nbd_find(const char *mangled, struct nbd_link *link)
 {
 	char *path = record_path(mangled);
 	char text[sizeof(link->uri) + 64];
-	int err = read_line(path, text, sizeof(text)), used = 0;
+	int err = read_line(path, text, sizeof(text));
 	long pid;
 
 	free(path);
-	memset(link, 0, sizeof(*link));
 	if (err)
 		return err == -ENODATA ? -ENOENT : err;
-	if (sscanf(text, "%ld %31s %n", &pid, link->dev, &used) != 2 || !used ||
-	    strncmp(link->dev, "/dev/nbd", 8))
+	pid = parse_nbd_record(text, link);
+	if (pid < 0)
 		return -ENOENT;
-	snprintf(link->uri, sizeof(link->uri), "%s", text + used);
 	link->connected = connected_by(link->dev) == pid;
 	return 0;
 }
@@ -135,14 +135,13 @@ static int parse(const char *text, struct nbd_uri *uri)
 			    text, "connect with nbd-client and give base=/dev/nbdN");
 	case ENAMETOOLONG:
 		return fail(-EINVAL, "base %s: a part of the address is too long", text);
+	case ENOTSUP:
+		return fail(-EINVAL, "base %s: nbd-client cannot use an address that %s", text,
+			    "begins with '-' or has '=' in it");
 	default:
 		return fail(-EINVAL, "base %s is not of the form %s", text,
 			    "nbd://host[:port][/export] or nbd+unix:///[export]?socket=PATH");
 	}
-	/* nbd-client takes every argument with '=' in it for an option. */
-	if (strchr(uri->host, '=') || strchr(uri->socket, '='))
-		return fail(-EINVAL, "base %s: nbd-client cannot use an address with '=' in it",
-			    text);
 	return 0;
 }
 

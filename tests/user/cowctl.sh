@@ -3,12 +3,16 @@
 #
 # cowctl would misread what people type or what the kernel prints, or its manual
 # page would tell something else than its help. Under the sanitizers.
+#
+# SEED=N repeats a run; FUZZ_SECONDS (default 5) is for libFuzzer, which needs
+# the packages clang and libclang-rt-dev.
 
 # shellcheck source=tests/user/tap.sh
 . "$(dirname "$0")/tap.sh"
 
 CC=${CC:-gcc}
 shopt -s extglob
+seed=${SEED:-$RANDOM$RANDOM}
 read -ra libraries < <(pkg-config --cflags --libs devmapper json-c)
 # shellcheck disable=SC2054 # the comma is the compiler's
 flags=(-std=gnu11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wshadow -Werror
@@ -28,7 +32,7 @@ check()
 build()
 {
 	"$CC" "${flags[@]}" -o "$out/cowctl" tools/!(nbdkit-*).c "${libraries[@]}" &&
-		"$CC" "${flags[@]}" -o "$out/parsers_test" tests/user/parsers_test.c tools/util.c
+		"$CC" "${flags[@]}" -o "$out/parsers_test" tests/user/parsers_test.c tools/parse.c
 }
 
 parsers()
@@ -44,6 +48,48 @@ parsers()
 		esac
 	done <"$out/parsers.log"
 	[ $parsers_rc = 0 ] || result $parsers_rc 'parsers' "$out/parsers.log"
+}
+
+# Inputs to start from: the lines of parsers.seeds.
+make_corpus()
+{
+	local line n=0
+
+	mkdir -p "$out/corpus"
+	while IFS= read -r line; do
+		n=$((n + 1))
+		printf %s "$line" >"$out/corpus/$n"
+	done <tests/user/parsers.seeds
+}
+
+build_fuzzer()
+{
+	local source
+
+	# only what is tried is looked at for coverage
+	for source in parse cowctl; do
+		clang "${flags[@]}" -fsanitize=fuzzer-no-link -Dmain=cowctl_main \
+			-c -o "$out/$source.o" tools/$source.c || return
+	done
+	clang "${flags[@]}" -fsanitize=fuzzer -Wl,--wrap=fail -o "$out/parsers_fuzz" \
+		tests/user/parsers_fuzz.c tools/util.c "$out"/{parse,cowctl}.o
+}
+
+fuzz()
+{
+	local title="${FUZZ_SECONDS:-5} seconds of libFuzzer on the parsers" log=$out/fuzz.log
+
+	if ! echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' |
+		clang -fsanitize=fuzzer -x c -o "$out/parsers_fuzz" - 2>"$log"; then
+		skipped "$title" 'needs clang and libclang-rt-dev'
+		return
+	fi
+	build_fuzzer >"$log" 2>&1 && make_corpus &&
+		"$out/parsers_fuzz" -seed="$seed" -max_total_time="${FUZZ_SECONDS:-5}" -max_len=600 \
+			-close_fd_mask=1 -artifact_prefix="$out/" "$out/corpus" >"$log" 2>&1
+	result $? "$title" <(grep -a -e '^line ' -e '^input: ' -e ERROR -e SUMMARY -e Test "$log" ||
+		cat "$log")
+	sed -n 's/^Done /# /p' "$log"
 }
 
 commands()
@@ -160,6 +206,8 @@ wrong_arguments()
 	wants 2 'no command xyz' help xyz &&
 	wants 2 'no option --jsn' list --jsn &&
 	wants 2 'no option -x' -x list &&
+	wants 2 'no option -xj' list -xj &&
+	wants 2 'no option -xj' --json -xj list &&
 	wants 2 'one argument too many: b' create a b &&
 	wants 2 'one argument too many: a' list a &&
 	wants 2 'does not know bse=; did you mean base=' create bse=x &&
@@ -170,12 +218,25 @@ wrong_arguments()
 	wants 2 'one argument too many: c' prefetch a stop c &&
 	wants 2 'base= is given twice' create base=a base=b &&
 	wants 2 'the name "" is empty' remove '' &&
-	wants 2 'contains a slash' remove a/b &&
 	wants 2 'contains a slash or backslash' remove 'a\b' &&
 	wants 2 'cannot be printed' remove $'a\nb' &&
 	wants 2 'longer than 127 bytes' remove "$(printf %0128d 0)" &&
 	wants 2 'count as four' remove "$(printf '%032d' 0 | tr 0 ' ')" &&
 	wants 2 'is reserved' remove control
+}
+
+wrong_names()
+{
+	local command name
+
+	for command in create remove status reset set export unexport; do
+		for name in '' / a/b ../x 'a\b' . .. control $'a\nb' $'a\e[31m' $'\xff' $'\xc2\x9b' \
+			"$(printf %0128d 0)" "$(printf %032d 0 | tr 0 ' ')"; do
+			# create takes what has a slash in it for a base
+			[[ $command = create && $name = */* ]] ||
+				wants 2 'the name' "$command" "$name" || return
+		done
+	done
 }
 
 right_questions()
@@ -207,21 +268,37 @@ no_root()
 	done
 }
 
+no_device_mapper()
+{
+	wants 6 'this kernel has no device-mapper' list &&
+	wants 6 'this kernel has no device-mapper' status &&
+	wants 6 'this kernel has no device-mapper' remove &&
+	wants 6 'this kernel has no device-mapper' create base=/dev/null
+}
+
 full_output()
 {
 	"$out/cowctl" --help >/dev/full 2>"$out/stderr"
 	[ $? = 1 ] && grep -q 'cannot write the output' "$out/stderr"
 }
 
+echo "# SEED=$seed"
 check 'cowctl and the test of its parsers build with the sanitizers' build
 parsers
+fuzz
 check 'help, version' right_questions
 check 'without a command there is help, and a status of 2' nothing_to_do
 check 'wrong arguments get one sentence and a status of 2' wrong_arguments
+check 'wrong names do with each command' wrong_names
 if [ "$(id -u)" = 0 ]; then
 	check 'without root each command says so, and has a status of 5' no_root
 else
 	skipped 'without root each command says so' 'needs root to give it up'
+fi
+if [ "$(id -u)" = 0 ] && ! grep -q device-mapper /proc/misc; then
+	check 'without a device-mapper there is one sentence, and a status of 6' no_device_mapper
+else
+	skipped 'without a device-mapper there is one sentence' 'needs root, and a kernel without one'
 fi
 check 'output that cannot be written is a failure' full_output
 check 'the manual page has the commands of the help' same_commands

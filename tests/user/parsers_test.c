@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* The parsers of tools/util.c, with what people type and what they should not. */
+/* The parsers of tools/parse.c, with what people type and what they should not. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -227,7 +227,11 @@ static void test_uris(void)
 		{ "nbd://[::1/e", -EINVAL },
 		{ "nbd://[]/e", -EINVAL },
 		{ "nbd://[::1]x/e", -EINVAL },
-		{ "nbd://-help/e", -EINVAL },
+		{ "nbd://-help/e", -ENOTSUP },
+		{ "nbd://%2Dd%2Fdev%2Fnbd0", -ENOTSUP },
+		{ "nbd://a%3Db/e", -ENOTSUP },
+		{ "nbd+unix:///e?socket=-d", -ENOTSUP },
+		{ "nbd+unix:///e?socket=/a%3Db", -ENOTSUP },
 		{ "nbd://h/e?socket=s", -EINVAL },
 		{ "nbd://h/%", -EINVAL },
 		{ "nbd://h/%2", -EINVAL },
@@ -281,10 +285,13 @@ static void test_quoting(void)
 	struct nbd_uri uri;
 	size_t n = 0;
 
+	/* '=' is what nbd-client cannot take; it comes first, where it is left out */
+	every[n++] = '=';
 	for (int c = 1; c < 256; c++)
-		every[n++] = c;
+		if (c != '=')
+			every[n++] = c;
 	every[n] = '\0';
-	for (size_t start = 0; start < n; start += 100) {
+	for (size_t start = 1; start < n; start += 100) {
 		char part[102] = "/";
 
 		strncat(part, every + start, 100);
@@ -407,6 +414,68 @@ static void test_ranges(void)
 	result("ranges");
 }
 
+static void test_mounts(void)
+{
+	static const char *const bad[] = {
+		"", "36", "36 35 254:0", "36 35 254:0 /", "36 35 254 / /mnt rw", "x 35 254:0 / /mnt",
+	};
+	unsigned int major = 0, minor = 0;
+	char *where = parse_mount("36 35 254:7 / /mnt/a\\040b rw,relatime shared:1 - ext4 x rw\n",
+				  &major, &minor);
+
+	EXPECT(where && !strcmp(where, "/mnt/a b"), "a mount point");
+	EXPECT(major == 254 && minor == 7, "its device");
+	free(where);
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
+		EXPECT(!parse_mount(bad[i], &major, &minor), bad[i]);
+	result("lines of mountinfo");
+}
+
+static void test_records(void)
+{
+	static const char *const bad[] = {
+		"", "4711", "4711 /dev/sda nbd://h", "4711 /dev/nbd0/../sda nbd://h", "0 /dev/nbd0 x",
+		"-1 /dev/nbd0 x", "x /dev/nbd0 nbd://h", " ",
+	};
+	struct nbd_link link;
+	struct export export;
+
+	EXPECT(parse_nbd_record("4711 /dev/nbd3 nbd://h/a b", &link) == 4711, "a connection");
+	EXPECT(!strcmp(link.dev, "/dev/nbd3") && !strcmp(link.uri, "nbd://h/a b"), "a connection");
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
+		EXPECT(parse_nbd_record(bad[i], &link) == -EINVAL, bad[i]);
+	EXPECT(!parse_export_record("nbd-server nbd://127.0.0.1:1", &export), "an export");
+	EXPECT(!strcmp(export.server, "nbd-server"), "its server");
+	EXPECT(!strcmp(export.uri, "nbd://127.0.0.1:1"), "its address");
+	EXPECT(parse_export_record("", &export) == -EINVAL, "nothing");
+	result("records");
+}
+
+/* What other programs and the kernel's log say. */
+static void test_programs(void)
+{
+	static const char nbdkit[] = "/usr/sbin/nbdkit\0--pidfile\0/run/cowctl/a.pid\0-U\0s";
+	static const char other[] = "vi\0/run/cowctl/a.pid";
+	char log[] = "3,1000,5000000,-;device-mapper: table: 253:0: nbdcow: too long (-EINVAL)\n"
+		     " SUBSYSTEM=block\n";
+	char elsewhere[] = "3,1,5,-;device-mapper: nbdcow: too long\n", line[16] = "before";
+	char said[] = "Negotiation: ..size = 1MB\rError: Read failed\n\nExiting.\n", nothing[] = "\n";
+	char *error = table_error(log);
+
+	EXPECT(is_server(nbdkit, sizeof(nbdkit) - 1, "/run/cowctl/a.pid"), "nbdkit");
+	EXPECT(!is_server(nbdkit, sizeof(nbdkit) - 1, "/run/cowctl/b.pid"), "another's nbdkit");
+	EXPECT(!is_server(nbdkit, sizeof(nbdkit) - 1, "/run/cowctl/a"), "part of a name");
+	EXPECT(!is_server(other, sizeof(other) - 1, "/run/cowctl/a.pid"), "no server");
+	EXPECT(!is_server("nbdkit", 6, ""), "no arguments");
+	EXPECT(error && !strcmp(error, "too long (-EINVAL)"), "the kernel's reason");
+	EXPECT(!table_error(elsewhere), "another line of the log");
+	last_line(said, line, sizeof(line));
+	EXPECT(!strcmp(line, "Error: Read fai"), line);
+	last_line(nothing, line, sizeof(line));
+	EXPECT(!strcmp(line, "Error: Read fai"), line);
+	result("what programs say");
+}
+
 static void test_words_for_people(void)
 {
 	static const char *const words[] = { "base", "limit", "size", "round", NULL };
@@ -449,6 +518,9 @@ int main(void)
 	test_quoting();
 	test_tables();
 	test_status_lines();
+	test_mounts();
+	test_records();
+	test_programs();
 	test_words_for_people();
 	printf("1..%u\n", tests);
 	return failures != 0;

@@ -1,0 +1,277 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# If this fails, a host that runs out of memory, or a base that fails, at the
+# wrong moment loses what was written, leaks memory or hangs.
+#
+# Each operation is repeated while its first, second and so on allocation or
+# request fails, until none is left that could. It wants a kernel with fault
+# injection.
+
+. "$(dirname "$0")/common.sh"
+
+COW=/dev/mapper/test-cow
+FAULTS=/sys/kernel/debug
+KMEMLEAK=/sys/kernel/debug/kmemleak
+
+# knob FILE VALUE: of all kinds of faults that have it
+knob()
+{
+	local kind
+
+	for kind in failslab fail_page_alloc fail_make_request; do
+		[ ! -e "$FAULTS/$kind/$1" ] || echo "$2" >"$FAULTS/$kind/$1"
+	done
+}
+
+# may_fail DEVICE: so may its requests
+may_fail()
+{
+	local dir
+
+	dir=$(sysfs_of "$1")
+	echo 1 >"$dir/make-it-fail"
+	undo eval "echo 0 >'$dir/make-it-fail'"
+}
+
+fixture()
+{
+	knob times 0
+	knob verbose 0
+	knob interval 1
+	knob probability 100
+	undo knob probability 0
+	knob task-filter Y
+	knob ignore-gfp-wait N
+	knob ignore-gfp-highmem N
+	knob min-order 0
+	# no need to have each failure on the console
+	undo eval "echo '$(</proc/sys/kernel/printk)' >/proc/sys/kernel/printk"
+	echo 1 >/proc/sys/kernel/printk
+	if [ -e $KMEMLEAK ]; then
+		echo scan=off >$KMEMLEAK
+		echo scan >$KMEMLEAK
+		sleep 6
+		echo scan >$KMEMLEAK
+		echo clear >$KMEMLEAK
+	fi
+	make_brd 2048 2
+	unguard /dev/ram1
+	may_fail /dev/ram0
+	# what all such devices share is there from now on
+	make_cow test-other 4096 /dev/ram0
+}
+
+# step COMMAND...: on a device of 3 MiB, of which the base has two, that all
+# rounds begin with in the same state
+step()
+{
+	make_cow test-cow 6144 /dev/ram0
+	may_fail $COW
+	io $COW 'before message test-cow reset' 'before model 2M' "$@"
+}
+
+whole_write()
+{
+	step 'after status test-cow used=1 zeroed=0' 'faults write 4k 4k A'
+}
+
+partial_write()
+{
+	step 'after status test-cow used=1 zeroed=0' 'faults write 9s 1s A'
+}
+
+many_blocks()
+{
+	step 'after status test-cow used=32 zeroed=0' 'faults write 64k 1M A'
+}
+
+# Partial blocks in front and at the end, stored and zeroed ones in the middle.
+all_kinds_of_blocks()
+{
+	step 'before write 16k 4k B' 'before discard 24k 4k' \
+		'after status test-cow used=8 zeroed=0' 'faults write 9s 57s A'
+}
+
+# What the base has not got is not read.
+past_the_base()
+{
+	step 'after status test-cow used=2 zeroed=0' 'faults write 4111s 2s A'
+}
+
+rewrite()
+{
+	step 'before write 0 64k B' 'after status test-cow used=16' 'faults write 1s 70s A'
+}
+
+discard()
+{
+	step 'before write 64k 64k B' 'after status test-cow used=8 zeroed=16' \
+		'faults discard 96k 64k'
+	# where the map has nothing yet
+	io $COW 'before message test-cow reset' 'before model 2M' \
+		'after status test-cow used=0 zeroed=16' 'faults discard 96k 64k'
+}
+
+discard_everything()
+{
+	step 'before write 64k 64k B' 'after status test-cow used=0' 'faults discard 0 end'
+}
+
+# The kernel writes zeroes where it could not zero, if it is allowed to.
+write_zeroes()
+{
+	step 'before write 64k 64k B' 'after status test-cow used=8 zeroed=16' \
+		'faults punch 96k 64k'
+	io $COW 'before message test-cow reset' 'before model 2M' 'before write 64k 64k B' \
+		'faults zerorange 96k 64k'
+}
+
+partial_write_zeroes()
+{
+	step 'before write 64k 4k B' 'after status test-cow used=2 zeroed=3' \
+		'faults punch 129s 33s'
+	io $COW 'before message test-cow reset' 'before model 2M' \
+		'after status test-cow used=1 zeroed=0' 'faults punch 9s 3s'
+}
+
+reading()
+{
+	step 'before write 64k 64k B' 'before discard 96k 8k' 'faults check 48k 16k .' \
+		'before message test-cow reset' 'before write 64k 64k B' 'faults check 64k 64k B'
+}
+
+reset()
+{
+	step 'before write 64k 64k B' 'before discard 256k 64k' 'after model 2M' \
+		'after status test-cow used=0 zeroed=0' 'faults message test-cow reset'
+}
+
+limit()
+{
+	step 'before write 0 64k B' 'before message test-cow limit none' \
+		'after status test-cow limit=20' 'faults message test-cow limit 20' \
+		'after status test-cow limit=20' 'faults status test-cow used=16'
+}
+
+# One that is full, and stays so.
+full()
+{
+	step 'before message test-cow limit none' 'before write 0 64k B' \
+		'before message test-cow limit 16' \
+		'after fails ENOSPC write 64k 4k A' 'after fails ENOSPC write 129s 1s A' \
+		'after status test-cow used=16 health=full' 'faults write 2s 5s C'
+}
+
+# The commands that make another device of 2 MiB, test-new
+NEW=('absent test-new' 'create test-new 4096 nbdcow /dev/ram0' 'open test-new' 'write 0 64k A'
+	'discard 64k 64k' 'open -')
+THERE=('open test-new' 'check 0 64k A' 'check 64k 64k 0' 'check 128k 1920k .')
+
+create()
+{
+	undo io /dev/ram0 'absent test-new'
+	io /dev/ram0 'before absent test-new' 'failed absent test-new' 'after open test-new' \
+		'after check 0 end .' 'after write 0 4k A' 'after status test-new used=1' \
+		'after open -' \
+		'faults create test-new 4096 nbdcow /dev/ram0 4 limit 1000 tmpfs /dev/shm'
+}
+
+# changes COMMAND...: of test-new
+changes()
+{
+	undo io /dev/ram0 'absent test-new'
+	io /dev/ram0 "${NEW[@]/#/before }" "${THERE[@]/#/after }" 'after open -' "$@" \
+		'absent test-new'
+}
+
+load()
+{
+	changes "${THERE[@]/#/failed }" 'failed open -' 'after resume test-new' \
+		'after status test-new used=16 limit=100' \
+		'faults load test-new 4096 nbdcow /dev/ram0 2 limit 100'
+}
+
+# A failure may leave the device suspended, and without the table that waited.
+reload()
+{
+	changes 'failed resume test-new' "${THERE[@]/#/failed }" 'failed open -' \
+		'after status test-new used=16 limit=100' \
+		'faults reload test-new 4096 nbdcow /dev/ram0 2 limit 100'
+}
+
+# Into another leaf of the map.
+growth()
+{
+	changes 'failed resume test-new' "${THERE[@]/#/failed }" 'failed open -' \
+		'after open test-new' 'after size 264192s' 'after check 2M 1M 0' \
+		'after write 128M 4k B' 'after check 128M 4k B' 'after open -' \
+		'faults reload test-new 264192 nbdcow /dev/ram0'
+}
+
+# Until it goes, everything is there.
+removal()
+{
+	undo io /dev/ram0 'absent test-new'
+	io /dev/ram0 "${NEW[@]/#/before }" "${THERE[@]/#/failed }" 'failed open -' \
+		'faults remove test-new'
+	is 'blocks of all overlays' "$(<$MODULE/parameters/total_used)" "$total_used_before"
+}
+
+# Blocks that come back from swap.
+swapped_out()
+{
+	local -a out
+
+	# a failed read of swap would be for good
+	make_swapped_cow test-cow 4096 /dev/ram0 /dev/ram1
+	may_fail $COW
+	out=('before model 2M' 'before write 0 128k B' "before echo 128K $SWAPPED/memory.reclaim")
+	io $COW 'write 0 128k B' "echo 128K $SWAPPED/memory.reclaim"
+	between 'bytes that are swapped out' "$(<$SWAPPED/memory.swap.current)" 65536 \
+		131072
+	io $COW "${out[@]}" 'faults check 64k 4k B' \
+		"${out[@]}" 'after status test-cow used=32' 'faults write 64k 8k A' \
+		"${out[@]}" 'after status test-cow used=32' 'faults write 129s 1s A' \
+		"${out[@]}" 'after status test-cow used=31' 'faults discard 64k 4k'
+}
+
+# Nothing is left of all that failed.
+no_leak()
+{
+	[ -e $KMEMLEAK ] || skip 'needs kmemleak'
+	# what is young may be on its way
+	sleep 6
+	echo scan >$KMEMLEAK
+	is 'what nobody knows any more' "$(<$KMEMLEAK)" ''
+}
+
+if [ ! -e /proc/self/fail-nth ] || { [ ! -e $FAULTS/failslab/times ] &&
+	! mount -t debugfs debugfs $FAULTS; } || [ ! -e $FAULTS/failslab/times ] ||
+	[ ! -e $FAULTS/fail_make_request ] || [ ! -e $FAULTS/fail_page_alloc ]; then
+	echo '1..0 # SKIP needs a kernel with fault injection'
+	exit 4
+fi
+
+run_tests \
+	create 'a device is made' \
+	load 'a table is loaded' \
+	reload 'a table is taken over' \
+	growth 'a device grows' \
+	removal 'a device is removed' \
+	whole_write 'a block is written' \
+	partial_write 'a sector is written' \
+	many_blocks 'many blocks are written' \
+	all_kinds_of_blocks 'blocks in all states are written' \
+	past_the_base 'a sector past the end of the base is written' \
+	rewrite 'stored blocks are written' \
+	full 'stored blocks of a full overlay are written' \
+	reading 'blocks are read' \
+	discard 'blocks are discarded' \
+	discard_everything 'all blocks are discarded' \
+	write_zeroes 'blocks are zeroed' \
+	partial_write_zeroes 'parts of blocks are zeroed' \
+	reset 'the overlay is reset' \
+	limit 'limit and status' \
+	swapped_out 'blocks that are swapped out are read and written' \
+	no_leak 'nothing leaks'
