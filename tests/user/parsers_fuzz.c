@@ -90,6 +90,14 @@ static void try_limit(char *text)
 	}
 }
 
+static void try_range(char *text)
+{
+	uint64_t start = 0, end = 0;
+	int err = parse_range(text, &start, &end);
+
+	CHECK(err ? one_of(err, -EINVAL, -ERANGE) : start < end);
+}
+
 static void try_port(char *text)
 {
 	int port = parse_port(text);
@@ -283,6 +291,9 @@ int cmd_list(const struct args *args) { return command(args); }
 int cmd_status(const struct args *args) { return command(args); }
 int cmd_reset(const struct args *args) { return command(args); }
 int cmd_set(const struct args *args) { return command(args); }
+int cmd_prefetch(const struct args *args) { return command(args); }
+int cmd_rebase(const struct args *args) { return command(args); }
+int cmd_serve(const struct args *args) { return command(args); }
 int cmd_export(const struct args *args) { return command(args); }
 int cmd_unexport(const struct args *args) { return command(args); }
 
@@ -313,6 +324,7 @@ static const struct {
 	void (*call)(char *text);
 } targets[] = {
 	{ 'a', try_arguments },
+	{ 'g', try_range },
 	{ 'l', try_limit },
 	{ 'm', try_mount },
 	{ 'n', try_name },
