@@ -324,7 +324,7 @@ cannot_export()
 	# a server that died, and one that was never finished, are in nobody's way
 	cowctl export test-cow
 	pkill -KILL -f "$run_dir/test-cow.pid"
-	wait_until 10 fails pgrep -f "$run_dir/test-cow.pid"
+	wait_until 10 not pgrep -f "$run_dir/test-cow.pid"
 	is 'the export' "$(member export test-cow)" null
 	cowctl export test-cow
 	rm $run_dir/test-cow.export

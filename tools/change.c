@@ -318,6 +318,7 @@ static int settle(const struct cow *cow, const char *slot)
 	return nbd_release(cow->mangled) ?: nbd_rename(slot, cow->mangled);
 }
 
+/* Moves the device; when that fails it is where it was. */
 static int move(const struct args *args, const struct cow *cow, struct base *base, bool force)
 {
 	uint64_t compared, old_bytes;
@@ -329,6 +330,11 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 		err = reload_on(cow, base);
 	if (err)
 		return err;
+	err = restart_watch(cow);
+	if (err) {
+		dm_reload(cow, cow->sectors, cow->params);
+		return err;
+	}
 	if (compared && !args->json)
 		printf("compared %" PRIu64 " of %" PRIu64 " blocks with the old base: the same\n",
 		       compared, old_bytes / BLOCK_BYTES);
@@ -357,13 +363,16 @@ static int rebase_locked(const struct args *args, int lock, bool force, bool hol
 		nbd_release(slot);
 		return err;
 	}
-	/* It has moved. A connection that others use, too, stays, and they are told. */
+	/*
+	 * It has moved. An old connection that others use, too, stays, and the user is
+	 * told; what cannot be renamed is found by the next rebase or remove.
+	 */
 	holes_stop(args->mangled);
 	nbd_release(args->mangled);
-	err = nbd_rename(slot, args->mangled) ?: restart_watch(&cow);
-	if (!err && holes)
+	nbd_rename(slot, args->mangled);
+	if (holes)
 		holes_start(&cow, text, base.bytes);
-	return err;
+	return 0;
 }
 
 int cmd_rebase(const struct args *args)
