@@ -7,7 +7,6 @@
 . "$(dirname "$0")/common.sh"
 
 COW=/dev/mapper/test-cow
-CGROUP=/sys/fs/cgroup/test-p
 
 # A line of /proc/vmstat.
 vmstat()
@@ -19,30 +18,13 @@ vmstat()
 	done </proc/vmstat
 }
 
-within()
-(
-	echo $BASHPID >$CGROUP/cgroup.procs
-	exec "$@"
-)
-
-# make_swapped_cow KIB: with a base and swap of that size, in a cgroup of its own
-make_swapped_cow()
+# make_swapped KIB [SWAP-KIB]: one on a base of that size
+make_swapped()
 {
-	need mkswap swapon
-	[ -e /sys/fs/cgroup/cgroup.controllers ] || skip 'needs cgroup v2'
-	echo +memory >/sys/fs/cgroup/cgroup.subtree_control || skip 'needs the memory controller'
-	mkdir $CGROUP
-	undo rmdir $CGROUP
-	[ -e $CGROUP/memory.reclaim ] || skip 'needs memory.reclaim'
 	make_brd "$1" 2
 	unguard /dev/ram1
-	# older kernels would reach the RAM disk itself without any bio
-	make_dm test-swap "0 $(($1 * 2)) linear /dev/ram1 0"
-	mkswap /dev/mapper/test-swap
-	swapon -p 30000 /dev/mapper/test-swap
-	undo swapoff /dev/mapper/test-swap
-	within dmsetup create test-cow --table "0 $(($1 * 2)) nbdcow /dev/ram0"
-	undo dmsetup remove --retry test-cow
+	make_dm test-ram1 "0 $((${2:-$1} * 2)) linear /dev/ram1 0"
+	make_swapped_cow test-cow $(($1 * 2)) /dev/ram0 /dev/mapper/test-ram1
 }
 
 # swapped_within LEAST MOST: in KiB
@@ -50,32 +32,39 @@ swapped_within()
 {
 	local bytes
 
-	bytes=$(<$CGROUP/memory.swap.current)
+	bytes=$(<$SWAPPED/memory.swap.current)
 	[ "$bytes" -ge $(($1 * 1024)) ] && [ "$bytes" -le $(($2 * 1024)) ]
 }
 
 push_out()
 {
-	echo 8M >$CGROUP/memory.reclaim || :
+	echo 8M >$SWAPPED/memory.reclaim || :
 	swapped_within "$1" "$2"
 } 2>/dev/null
+
+# make_pusher BYTES: a program that pushes all but so much of it out of memory
+make_pusher()
+{
+	REPLY=$work/push
+	cat >"$REPLY" <<-EOF
+		#!/bin/bash
+		for ((i = 0; i < 100; i++)); do
+			[ "\$(<$SWAPPED/memory.current)" -ge $1 ] || exit 0
+			echo 8M >$SWAPPED/memory.reclaim
+		done 2>/dev/null
+		exit 1
+	EOF
+	chmod +x "$REPLY"
+	undo rm "$REPLY"
+}
 
 # In turns with a program that pushes all but 4 MiB of it out of the memory.
 random_io()
 {
 	local out in
 
-	make_swapped_cow 32768
-	cat >"$work/push" <<-EOF
-		#!/bin/bash
-		for ((i = 0; i < 100; i++)); do
-			[ "\$(<$CGROUP/memory.current)" -ge $((4 << 20)) ] || exit 0
-			echo 8M >$CGROUP/memory.reclaim
-		done 2>/dev/null
-		exit 1
-	EOF
-	chmod +x "$work/push"
-	undo rm "$work/push"
+	make_swapped 32768
+	make_pusher $((4 << 20))
 	out=$(vmstat pswpout)
 	in=$(vmstat pswpin)
 	io $COW 'model 32M' 'write 0 16M A' "run $work/push" 'write 16M 16M B' "run $work/push" \
@@ -107,7 +96,7 @@ swapped_out()
 {
 	local before
 
-	make_swapped_cow 32768
+	make_swapped 32768
 	io $COW 'write 0 32M A'
 	wait_until 20 push_out 31744 33792
 	io $COW 'check 0 2M A' 'write 4097s 1s B' 'write 5s 1s B' 'write 4M 1M C' 'write 6M 64k C'
@@ -117,9 +106,9 @@ swapped_out()
 	io $COW 'zeroout 12289k 1k' 'discard 13M 4k' 'discard 13321k 30k'
 	wait_until 20 push_out 31000 33792
 
-	before=$(<$CGROUP/memory.swap.current)
+	before=$(<$SWAPPED/memory.swap.current)
 	io $COW 'discard 16M 8M'
-	between 'bytes of swap given back' $((before - $(<$CGROUP/memory.swap.current))) \
+	between 'bytes of swap given back' $((before - $(<$SWAPPED/memory.swap.current))) \
 		$((7 << 20)) $((9 << 20))
 	io -b $COW 'is 0 AAAAABAA' 'check 4k 2044k A' 'is 2M ABAAAAAA' 'check 2052k 2044k A' \
 		'check 4M 1M C' 'check 5M 1M A' 'check 6M 64k C' 'check 6208k 4032k A' \
@@ -138,6 +127,92 @@ swapped_out()
 	wait_until 10 swapped_within 0 1024
 }
 
+oom_kills()
+{
+	sed -n 's/^oom_kill //p' $SWAPPED/memory.events
+}
+
+# New blocks fail then, and nothing else.
+full_swap()
+{
+	local used
+
+	make_swapped 8192 2048
+	io $COW 'write 0 4M A'
+	wait_until 20 push_out 1792 2048
+	cat $SWAPPED/memory.current >$SWAPPED/memory.max
+	fails dd if=/dev/zero of=$COW bs=8k seek=512 count=512 oflag=direct
+	used=$(field test-cow used)
+	between 'blocks' "$used" 1024 2047
+	io $COW 'check 0 1M A' 'fails ENOMEM write 8380416 4k B' 'write 1s 1s B' 'write 1M 64k B' \
+		'is 0 ABAAAAAA' 'check 4k 1020k A' 'check 1M 64k B' 'check 1088k 3008k A'
+	status_is test-cow health=full used="$used"
+	is 'processes killed' "$(oom_kills)" 0
+	# what came back from swap is more than there may be
+	io $COW 'discard 0 3M' 'write 8380416 4k B' 'check 8380416 4k B' 'check 3M 1M A'
+	status_is test-cow health=ok
+}
+
+# keep_memory MIB: takes the rest away
+keep_memory()
+{
+	local pages
+
+	pages=$((($(meminfo MemAvailable) - $1 * 1024) / $(meminfo Hugepagesize)))
+	undo eval 'echo 0 >/proc/sys/vm/nr_hugepages'
+	echo $pages >/proc/sys/vm/nr_hugepages
+	between 'available memory in KiB' "$(meminfo MemAvailable)" 65536 $((2 * $1 * 1024))
+}
+
+# What a file system holds is more than there is memory, and has to go through
+# it twice: as its own pages and as those of the overlay.
+filesystem()
+{
+	local numbers=(10000000 41999999) out memory
+
+	need mkfs.ext4 mkswap swapon
+	[ "$(meminfo SwapFree)" -ge 393216 ] || make_zram 512M
+	if [ "$(meminfo MemAvailable)" -gt 262144 ]; then
+		[ -n "$(meminfo Hugepagesize)" ] || skip 'needs huge pages, or less memory'
+		keep_memory 192
+	fi
+	memory=$(meminfo MemAvailable)
+	undo eval "echo '$(<$MODULE/parameters/total_limit)' >$MODULE/parameters/total_limit"
+	echo none >$MODULE/parameters/total_limit
+	make_dm test-zero '0 4194304 zero'
+	make_cow test-cow 4194304 /dev/mapper/test-zero
+	mkfs.ext4 -q $COW
+	mkdir "$work/mnt"
+	undo rmdir "$work/mnt"
+	mount -t ext4 $COW "$work/mnt"
+	undo umount "$work/mnt"
+	out=$(vmstat pswpout)
+	seq "${numbers[@]}" >"$work/mnt/numbers"
+	sync -f "$work/mnt"
+	[ $(($(field test-cow used) * 4)) -gt "$memory" ] ||
+		fail 'the overlay was not bigger than the memory'
+	between 'pages swapped out' $(($(vmstat pswpout) - out)) 16384 10000000
+	echo 1 >/proc/sys/vm/drop_caches
+	seq "${numbers[@]}" | cmp - "$work/mnt/numbers"
+	umount "$work/mnt"
+	unset 'undo_list[-1]'
+	fsck.ext4 -nf $COW
+	status_is test-cow refused=0 errors=0
+}
+
+# make_zram SIZE: swap that is compressed memory
+make_zram()
+{
+	need_module zram num_devices=1
+	undo rmmod zram
+	echo "$1" >/sys/block/zram0/disksize
+	mkswap /dev/zram0
+	swapon /dev/zram0
+	undo swapoff /dev/zram0
+}
+
 run_tests \
 	random_io 'random I/O on an overlay that is swapped out again and again' \
-	swapped_out 'blocks that are swapped out are read, rewritten and discarded'
+	swapped_out 'blocks that are swapped out are read, rewritten and discarded' \
+	full_swap 'no swap left: errors for new blocks' \
+	filesystem 'a file system on an overlay bigger than the memory'
