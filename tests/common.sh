@@ -416,11 +416,11 @@ log_since_mark()
 }
 
 # Any of these in the log is a failure; errors of I/O are not.
-complaint='WARNING:|BUG:|BUG at|KASAN|KCSAN|UBSAN|Oops|Call Trace|general protection'
-complaint+='|blocked for more than|possible (circular|recursive)|inconsistent lock'
-complaint+='|suspicious RCU|sleeping function|kmemleak|corruption|refcount_t|DEBUG_LOCKS'
-complaint+='|page allocation failure|Objects remaining|[Bb]ad page|detected stall'
-complaint+='|Out of memory|invoked oom-killer'
+bug='WARNING:|BUG:|BUG at|KASAN|KCSAN|UBSAN|ODEBUG|Oops|general protection'
+bug+='|blocked for more than|possible (circular|recursive)|inconsistent lock'
+bug+='|suspicious RCU|sleeping function|corruption|refcount_t|DEBUG_LOCKS'
+bug+='|Objects remaining|[Bb]ad page|detected stall'
+complaint="$bug|Call Trace|page allocation failure|Out of memory|invoked oom-killer"
 
 check_log()
 {
