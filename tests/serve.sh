@@ -318,7 +318,7 @@ assert b.pread(1 << 20, 0) == BASE and a.pread(4096, 0) == b"A" * 4096'
 	# the connection of one that was killed
 	serve base="nbd+unix:///?socket=$work/socket" per-client=true
 	kill -KILL "$server"
-	wait_until 20 fails pgrep -f "$run_dir/test-cow~serve.pid"
+	wait_until 20 not pgrep -f "$run_dir/test-cow~serve.pid"
 	is 'connections' "$(connected | wc -l)" 1
 	serve base="nbd+unix:///?socket=$work/socket" per-client=true
 	is 'connections' "$(connected | wc -l)" 1
