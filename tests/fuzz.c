@@ -9,200 +9,42 @@
  * more thread suspend, resume, reset, limits, and tables with another limit,
  * another base or another size.
  *
- * The model
- * ---------
- * For each sector there is a list of the writes that may have been the last
- * one; zeroing, a discard and a reset count as writes. A write is in the list
- * from its start. When it ends well, those that had ended before it began are
- * gone: it has overwritten them. A write that fails may have been done for
- * some blocks, except that one of a single block changes nothing.
- *
- * A read may see any write that was in the list at some time during the read.
- * Having seen one, it rules out the others that had ended before the read
- * began. A sector that was being written during the read may be torn: then
- * each of its words must come from one of these writes.
- *
  * Buffered I/O has a part of the device for itself, and a model of its own,
  * with the values that the page cache should have.
- *
- * Replay
- * ------
- * With one thread a seed gives the same run each time. A stream that fails is
- * shortened as long as it goes on failing, and printed as commands of tests/io.
- *
- * With several threads a seed gives the same rounds: which operations each
- * thread does, in its order. How they meet is up to the scheduler, and failures
- * depend on that; so --repeat plays the round of the seed over and over. What
- * is told about a failure is all that was done to the block, with times; and
- * the round is simplified by leaving kinds of operations, threads and operations
- * away as long as it fails again within a few repetitions.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
-#include <inttypes.h>
 #include <liburing.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdarg.h>
-#include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "dmctl.h"
-#include "stamp.h"
+#include "fuzz.h"
 
-#define NAME "nbdcow-fuzz"
-#define KIB(n) ((uint64_t)(n) * 2)	/* in sectors */
-#define MIB(n) ((uint64_t)(n) * 2048)
-
-#define LONGEST 2048		/* sectors of an operation */
-#define WRITES 64		/* writes in a sector's list */
-#define RING 8			/* io_uring requests of a thread */
-#define THREADS 16
-#define ACTIVE (THREADS * (RING + 2))
-#define HISTORY 16384		/* operations to tell about when one fails */
-#define SINGLE_OPS 400		/* operations of a round with one thread */
-#define REPEAT 10		/* times that a simpler round gets to fail */
-#define SHRINK 60		/* seconds for making a failure simpler */
-#define HANG 120		/* seconds after which a round counts as hung */
-
-#define TOTAL_LIMIT "/sys/module/dm_nbdcow/parameters/total_limit"
+#define HANG 120		/* seconds without any operation that count as a hang */
 
 /* Of the device; the first ends within a block, and all are longer than the base. */
-static const uint64_t sizes[] = { MIB(64) + KIB(384) + 5, MIB(96), MIB(129) };
+static const uint64_t sizes[] = { MIB(64) + KIB(384) + 5, MIB(96), LARGEST };
 
-/*
- * The parts of the device that are used: where the base begins; where a leaf
- * of the map ends (64 MiB), with the ends of the base and of the smallest device
- * in it; and where only growth leads to. The last one is for buffered I/O.
- */
-static const struct window {
-	uint64_t first;		/* sector */
-	uint64_t sectors;
-	unsigned int index;	/* of its first sector in the model */
-} windows[] = {
-	{ 0, MIB(1), 0 },
-	{ MIB(64) - KIB(256), MIB(1), MIB(1) },
-	{ MIB(128) - KIB(128), KIB(256), MIB(2) },
-	{ MIB(2), KIB(512), MIB(2) + KIB(256) },
-};
-#define WINDOWS 4
-#define BUFFERED 3
-#define MODEL (MIB(2) + KIB(768))
-
-enum kind {
-	READ, WRITE, DISCARD, ZEROOUT, PUNCH, ZERORANGE, FLUSH,
-	RESET, LIMIT, SUSPEND, RELOAD, CLEAR_ALL,
-};
-
-enum { NOWAIT = 1, URING = 2, VECTOR = 4, DSYNC = 8 };
-
-/* What a round may do without. */
-enum { BUFFERED_IO, CONTROL, LIMITS, NOWAITS, URINGS, BIG, ZEROES, VM, FEATURES };
-static const char *const features[FEATURES] = {
+const char *const features[FEATURES] = {
 	"buffered", "control", "limits", "nowait", "uring", "big", "zeroes", "vm",
 };
 
-struct worker;
-
-struct op {
-	enum kind kind;
-	unsigned int flags;
-	unsigned int window;	/* of a data operation; it never leaves it */
-	uint64_t sector;	/* of the device */
-	uint64_t count;		/* sectors */
-	uint32_t tag;		/* of a write */
-	unsigned int shift;	/* bytes by which the memory is misaligned */
-	long limit;		/* blocks, 0 for none: LIMIT and RELOAD */
-	bool total;		/* of all overlays: LIMIT */
-	bool suspended;		/* done while the device is: RESET and RELOAD */
-	unsigned int suspend_flags; /* SUSPEND */
-	unsigned int base;	/* which one: RELOAD */
-	uint64_t sectors;	/* of the new table, if that is longer: RELOAD */
-	bool abandon;		/* cleared instead of taken: RELOAD */
-	bool tail;		/* a discard that ends with the device within a block */
-	uint64_t start, end;	/* on the model's clock; end 0: not ended */
-	int result;
-	unsigned int thread;
-	unsigned int number;	/* in the history */
-	unsigned int slot;	/* in the list of active operations */
-	char *memory;		/* what buffer is in */
-	char *buffer;
-	struct iovec iov[4];
-	int iovs;
-};
-
-/* A write that may have been the last one of its sector. */
-struct write {
-	uint64_t start, end;	/* end is UINT64_MAX until it ends */
-	uint64_t gone;		/* when it was overwritten, or UINT64_MAX */
-	uint32_t tag;
-};
-
-static struct sector {
-	unsigned int n;
-	struct write writes[WRITES];
-} *model;
-static bool touched[MODEL / SECTORS_PER_BLOCK];	/* written to in this round */
-static pthread_mutex_t model_lock = PTHREAD_MUTEX_INITIALIZER;
-static uint64_t now;		/* the clock: counts starts and ends */
-static uint64_t active[ACTIVE];	/* starts of the operations under way, or 0 */
-static struct op history[HISTORY];
-static unsigned int nr_history;
-static uint64_t limited_until;	/* no write may fail for space that begins later */
+struct round cfg;
+struct options opt = { .seconds = 60, .threads = 4 };
+uint64_t base_sectors;
+time_t deadline;
+volatile bool stopping;
+bool quiet, broken;
 static uint32_t next_tag;
-
-/* The round. */
-static struct {
-	uint64_t seed;
-	unsigned int number;
-	unsigned int ops;	/* of each thread */
-	uint64_t hot;		/* sectors at the start of a window that most use */
-	unsigned int percent_hot;
-	bool buffered;
-	bool limits;
-	bool control;
-	bool nowait;
-	bool big;		/* operations of up to LONGEST sectors */
-	unsigned int stripe;	/* sectors in turn for each thread; 0: all for all */
-	bool tmpfs;		/* not the kernel's own one */
-	uint64_t sectors;	/* of the device now */
-	unsigned int base;
-	long limit;
-	long total_limit;
-} cfg;
-
-static struct {
-	uint64_t seed;
-	unsigned int seconds, threads, rounds, ops;
-	bool repeat;
-	unsigned int without;	/* bits of features */
-	const char *tmpfs;	/* a directory of one, or NULL */
-	const char *cgroup;	/* directory of a memory cgroup that is to be swapped out */
-	char **bases;
-	unsigned int nr_bases;
-	unsigned int nr_nowait;	/* so many of them, the first ones, know REQ_NOWAIT */
-} opt = { .seconds = 60, .threads = 4 };
-
-static uint64_t base_sectors;
 static int fd = -1;		/* the device, O_DIRECT */
 static int cached_fd = -1;	/* the same without */
-static volatile bool stopping;
-static uint64_t total_ops;
-static uint64_t nowait_ops, nowait_again; /* with RWF_NOWAIT; ended with EAGAIN */
-static bool quiet;		/* a failure is no news: it is being made simpler */
-static bool broken;		/* the round has failed; told once */
-static uint64_t wrong_sector;	/* by a read, or UINT64_MAX */
 static char total_limit[64];	/* before */
 
 /*
@@ -215,11 +57,7 @@ static pthread_rwlock_t cache_lock = PTHREAD_RWLOCK_INITIALIZER;
  * Chance
  */
 
-struct rng {
-	uint64_t state;
-};
-
-static uint64_t next_random(struct rng *rng)
+uint64_t next_random(struct rng *rng)
 {
 	uint64_t z = (rng->state += 0x9e3779b97f4a7c15ULL);
 
@@ -228,12 +66,12 @@ static uint64_t next_random(struct rng *rng)
 	return z ^ (z >> 31);
 }
 
-static uint64_t below(struct rng *rng, uint64_t n)
+uint64_t below(struct rng *rng, uint64_t n)
 {
 	return next_random(rng) % n;
 }
 
-static bool percent(struct rng *rng, unsigned int n)
+bool percent(struct rng *rng, unsigned int n)
 {
 	return below(rng, 100) < n;
 }
@@ -242,40 +80,7 @@ static bool percent(struct rng *rng, unsigned int n)
  * Telling
  */
 
-static const char *const kind_names[] = {
-	"check", "write", "discard", "zeroout", "punch", "zerorange", "flush",
-	"reset", "limit", "suspend", "reload", "clear-all",
-};
-
-static void print_op(const struct op *op)
-{
-	printf("%s", kind_names[op->kind]);
-	switch (op->kind) {
-	case FLUSH:
-	case RESET:
-	case SUSPEND:
-	case CLEAR_ALL:
-		break;
-	case LIMIT:
-		printf(" %s%ld", op->total ? "of all " : "", op->limit);
-		break;
-	case RELOAD:
-		printf(" base %u, limit %ld, %" PRIu64 "s%s", op->base, op->limit, op->sectors,
-		       op->abandon ? ", cleared" : "");
-		break;
-	default:
-		printf(" %" PRIu64 "s %" PRIu64 "s", op->sector, op->count);
-		if (op->kind == WRITE)
-			printf(" tag %u", op->tag);
-		if (op->flags)
-			printf(" (%s%s%s%s )", op->flags & URING ? " io_uring" : "",
-			       op->flags & NOWAIT ? " nowait" : "",
-			       op->flags & VECTOR ? " vector" : "",
-			       op->flags & DSYNC ? " dsync" : "");
-	}
-}
-
-static void print_replay(void)
+void print_replay(void)
 {
 	const char *comma = " --without ";
 	unsigned int i;
@@ -299,7 +104,7 @@ static void print_replay(void)
 	printf("\n");
 }
 
-static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt, ...)
+void die(const char *fmt, ...)
 {
 	va_list args;
 
@@ -317,7 +122,7 @@ static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt,
 /*
  * The round has failed; it ends soon. Returns: whether that is to be told.
  */
-static bool news(void)
+bool news(void)
 {
 	bool first = !__atomic_exchange_n(&broken, true, __ATOMIC_ACQ_REL);
 
@@ -325,7 +130,7 @@ static bool news(void)
 	return first && !quiet;
 }
 
-static void __attribute__((format(printf, 1, 2))) wrong(const char *fmt, ...)
+void wrong(const char *fmt, ...)
 {
 	va_list args;
 
@@ -341,321 +146,13 @@ static void __attribute__((format(printf, 1, 2))) wrong(const char *fmt, ...)
 }
 
 /*
- * The model. All of it is called with model_lock held.
- */
-
-static uint32_t initial_tag(uint64_t sector)
-{
-	return sector < base_sectors ? TAG_BASE : TAG_ZERO;
-}
-
-static struct sector *model_of(uint64_t sector)
-{
-	unsigned int i;
-
-	for (i = 0; i < WINDOWS; i++)
-		if (sector - windows[i].first < windows[i].sectors)
-			return &model[windows[i].index + sector - windows[i].first];
-	return NULL;
-}
-
-static void model_reset(void)
-{
-	unsigned int i;
-	uint64_t s;
-
-	memset(touched, 0, sizeof(touched));
-	memset(active, 0, sizeof(active));
-	for (i = 0; i < WINDOWS; i++) {
-		for (s = 0; s < windows[i].sectors; s++) {
-			struct sector *sector = &model[windows[i].index + s];
-
-			sector->n = 1;
-			sector->writes[0] = (struct write){
-				.gone = UINT64_MAX, .tag = initial_tag(windows[i].first + s),
-			};
-		}
-	}
-}
-
-static uint64_t oldest_active(void)
-{
-	uint64_t oldest = UINT64_MAX;
-	unsigned int i;
-
-	for (i = 0; i < ACTIVE; i++)
-		if (active[i] && active[i] < oldest)
-			oldest = active[i];
-	return oldest;
-}
-
-/* Forgets what nobody who is under way can have seen. */
-static void forget(struct sector *sector, uint64_t oldest)
-{
-	unsigned int i, n = 0;
-
-	for (i = 0; i < sector->n; i++)
-		if (sector->writes[i].gone >= oldest)
-			sector->writes[n++] = sector->writes[i];
-	sector->n = n;
-}
-
-/* What of the range the operation changes. Returns: false for nothing. */
-static bool changed_range(const struct op *op, uint64_t *first, uint64_t *last)
-{
-	*first = op->sector;
-	*last = op->sector + op->count;
-	switch (op->kind) {
-	case WRITE:
-	case ZEROOUT:
-	case PUNCH:
-	case ZERORANGE:
-		break;
-	case DISCARD:
-		*first = (*first + SECTORS_PER_BLOCK - 1) / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
-		if (!op->tail)
-			*last = *last / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
-		break;
-	default:
-		return false;
-	}
-	return *first < *last;
-}
-
-static void sector_begin(struct sector *sector, const struct op *op, uint32_t tag)
-{
-	sector->writes[sector->n++] = (struct write){
-		.start = op->start, .end = UINT64_MAX, .gone = UINT64_MAX, .tag = tag,
-	};
-}
-
-/* Every window but the one for buffered I/O. */
-static bool whole_device(const struct op *op)
-{
-	return op->kind == RESET || op->kind == CLEAR_ALL;
-}
-
-static bool room_for(const struct op *op, uint64_t oldest)
-{
-	uint64_t first, last, s;
-	struct sector *sector;
-
-	if (whole_device(op)) {
-		first = 0;
-		last = windows[BUFFERED].index;
-		sector = model;
-	} else if (changed_range(op, &first, &last)) {
-		sector = model_of(first);
-	} else {
-		return true;
-	}
-	for (s = first; s < last; s++, sector++) {
-		if (sector->n > WRITES / 2)
-			forget(sector, oldest);
-		if (sector->n == WRITES)
-			return false;
-	}
-	return true;
-}
-
-static __thread struct worker *self; /* that may have io_uring requests under way */
-static void reap(struct worker *worker, bool wait);
-
-static void op_begin(struct op *op)
-{
-	uint64_t first, last, s;
-	unsigned int i, w;
-
-	pthread_mutex_lock(&model_lock);
-	op->tail = true;	/* perhaps, so that there is room */
-	while (!room_for(op, oldest_active())) {
-		pthread_mutex_unlock(&model_lock);
-		/* it may be one of our own that is in the way */
-		if (self)
-			reap(self, false);
-		sched_yield();
-		pthread_mutex_lock(&model_lock);
-	}
-	op->start = ++now;
-	op->end = 0;
-	op->tail = op->sector + op->count == cfg.sectors;
-	for (i = 0; i < ACTIVE && active[i]; i++)
-		;
-	if (i == ACTIVE)
-		die("too many operations under way");
-	op->slot = i;
-	active[i] = op->start;
-	op->number = nr_history++;
-	history[op->number % HISTORY] = *op;
-
-	if (whole_device(op)) {
-		for (w = 0; w < BUFFERED; w++)
-			for (s = 0; s < windows[w].sectors; s++)
-				sector_begin(&model[windows[w].index + s], op,
-					     op->kind == RESET ?
-					     initial_tag(windows[w].first + s) : TAG_ZERO);
-	} else if (changed_range(op, &first, &last)) {
-		struct sector *sector = model_of(first);
-
-		for (s = first; s < last; s++, sector++) {
-			sector_begin(sector, op, op->kind == WRITE ? op->tag : TAG_ZERO);
-			touched[(sector - model) / SECTORS_PER_BLOCK] = true;
-		}
-	}
-	pthread_mutex_unlock(&model_lock);
-}
-
-/* How a write ended: it happened, it did not, or for some blocks only. */
-enum outcome { DONE, NOT_DONE, MAYBE };
-
-static void sector_end(struct sector *sector, const struct op *op, enum outcome outcome)
-{
-	unsigned int i, own = sector->n;
-
-	for (i = 0; i < sector->n; i++) {
-		struct write *write = &sector->writes[i];
-
-		if (write->start == op->start)
-			own = i;
-		else if (outcome == DONE && write->end < op->start && write->gone > now)
-			write->gone = now;
-	}
-	if (outcome == NOT_DONE)
-		sector->writes[own] = sector->writes[--sector->n];
-	else
-		sector->writes[own].end = now;
-}
-
-static void print_sector(const struct sector *sector, const struct op *op, const char *buf,
-			 uint64_t number)
-{
-	unsigned int i;
-
-	printf("# round %u, thread %u: ", cfg.number, op->thread);
-	print_op(op);
-	printf("\n# sector %" PRIu64 " (block %" PRIu64 ") may have", number,
-	       number / SECTORS_PER_BLOCK);
-	for (i = 0; i < sector->n; i++)
-		if (sector->writes[i].gone > op->start)
-			printf(" tag %u%s", sector->writes[i].tag,
-			       sector->writes[i].end > op->start ? "*" : "");
-	printf(" (*: written meanwhile)\n# but has ");
-	stamp_print(stdout, buf, number);
-	printf("\n# operations on this block, with the times of their start and end, before %" PRIu64
-	       ":\n", now);
-	for (i = nr_history < HISTORY ? 0 : nr_history - HISTORY; i < nr_history; i++) {
-		const struct op *old = &history[i % HISTORY];
-		uint64_t block = number / SECTORS_PER_BLOCK;
-
-		if (old->kind < FLUSH && (old->sector / SECTORS_PER_BLOCK > block ||
-		    (old->sector + old->count - 1) / SECTORS_PER_BLOCK < block))
-			continue;
-		if (old->kind == FLUSH)
-			continue;
-		printf("#   %" PRIu64 "-%" PRIu64 " thread %u: ", old->start, old->end, old->thread);
-		print_op(old);
-		if (old->result < 0)
-			printf(": %s", strerror(-old->result));
-		printf("\n");
-	}
-}
-
-/* Is each word of the sector from a write that the read may have seen? */
-static bool torn_but_right(const struct sector *sector, const struct op *op, const char *buf,
-			   uint64_t number)
-{
-	bool written_meanwhile = false;
-	uint64_t content[STAMP_WORDS];
-	uint64_t found = 0;
-	unsigned int i, w;
-
-	for (i = 0; i < sector->n; i++) {
-		const struct write *write = &sector->writes[i];
-
-		if (write->gone <= op->start)
-			continue;
-		written_meanwhile |= write->end > op->start;
-		stamp(content, number, write->tag);
-		for (w = 0; w < STAMP_WORDS; w++)
-			if (!memcmp(&content[w], buf + w * sizeof(uint64_t), sizeof(uint64_t)))
-				found |= 1ULL << w;
-	}
-	return written_meanwhile && found == UINT64_MAX;
-}
-
-/* Returns: whether the sector is right. */
-static bool sector_read(struct sector *sector, const struct op *op, const char *buf,
-			uint64_t number)
-{
-	uint32_t tag = stamp_tag(buf, number);
-	bool allowed = false;
-	unsigned int i;
-
-	if (tag == STAMP_UNKNOWN)
-		return torn_but_right(sector, op, buf, number);
-	for (i = 0; i < sector->n; i++)
-		allowed |= sector->writes[i].gone > op->start && sector->writes[i].tag == tag;
-	if (!allowed)
-		return torn_but_right(sector, op, buf, number);
-	for (i = 0; i < sector->n; i++) {
-		struct write *write = &sector->writes[i];
-
-		if (write->tag != tag && write->end < op->start && write->gone > now)
-			write->gone = now;
-	}
-	return true;
-}
-
-/* Returns: whether all was right; else it has been told, unless quiet. */
-static bool op_end(struct op *op, int result, enum outcome outcome)
-{
-	uint64_t first, last, s;
-	struct sector *sector;
-	bool right = true;
-
-	pthread_mutex_lock(&model_lock);
-	op->result = result;
-	op->end = ++now;
-	total_ops++;
-	nowait_ops += !!(op->flags & NOWAIT);
-	nowait_again += op->flags & NOWAIT && result == -EAGAIN;
-	if (history[op->number % HISTORY].start == op->start)
-		history[op->number % HISTORY] = *op;
-	if (whole_device(op)) {
-		for (s = 0; s < windows[BUFFERED].index; s++)
-			sector_end(&model[s], op, outcome);
-	} else if (op->kind == READ) {
-		sector = model_of(op->sector);
-		for (s = 0; result > 0 && s < (uint64_t)result / SECTOR; s++) {
-			right = sector_read(&sector[s], op, op->buffer + s * SECTOR,
-					    op->sector + s);
-			if (!right)
-				break;
-		}
-		if (!right)
-			wrong_sector = op->sector + s;
-		if (!right && news()) {
-			flockfile(stdout);
-			print_sector(&sector[s], op, op->buffer + s * SECTOR, op->sector + s);
-			funlockfile(stdout);
-		}
-	} else if (changed_range(op, &first, &last)) {
-		/* the device may have grown meanwhile: then its last block was no whole one */
-		uint64_t sure = op->kind == DISCARD ? last / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK :
-				last;
-
-		sector = model_of(first);
-		for (s = first; s < last; s++, sector++)
-			sector_end(sector, op, s < sure || outcome != DONE ? outcome : MAYBE);
-	}
-	active[op->slot] = 0;
-	pthread_mutex_unlock(&model_lock);
-	return right;
-}
-
-/*
  * Operations
  */
+
+static bool with(unsigned int feature)
+{
+	return !(opt.without & 1U << feature);
+}
 
 static void prepare(struct op *op, struct rng *rng)
 {
@@ -716,9 +213,9 @@ static bool finish(struct op *op, int result)
 		right = !result || (result == -EOPNOTSUPP && op->kind != DISCARD);
 	}
 	if (!right && result == -ENOSPC && op->kind != READ && op->kind != DISCARD) {
-		pthread_mutex_lock(&model_lock);
+		model_lock();
 		limited = limited_until;
-		pthread_mutex_unlock(&model_lock);
+		model_unlock();
 		right = op->start < limited;
 	}
 	/* io_uring tries all with RWF_NOWAIT: a base that does not know it may be new */
@@ -748,7 +245,7 @@ static bool finish(struct op *op, int result)
 }
 
 /* Returns: whether the operation and what it saw were right. */
-static bool run_sync(struct op *op, struct rng *rng)
+bool run_sync(struct op *op, struct rng *rng)
 {
 	uint64_t range[2] = { op->sector * SECTOR, op->count * SECTOR };
 	ssize_t ret;
@@ -778,6 +275,12 @@ static bool run_sync(struct op *op, struct rng *rng)
 	return finish(op, ret < 0 ? -errno : ret);
 }
 
+static uint32_t new_tag(void)
+{
+	return TAG_FIRST + __atomic_fetch_add(&next_tag, 1, __ATOMIC_RELAXED) %
+	       (STAMP_TAGS - TAG_FIRST);
+}
+
 /* Moves what changes data to sectors of the thread's own, if the window has any near. */
 static void to_own_stripe(struct op *op)
 {
@@ -799,7 +302,7 @@ static void to_own_stripe(struct op *op)
 }
 
 /* An operation on data, in one of the windows that are there. */
-static struct op random_op(struct rng *rng, unsigned int thread)
+struct op random_op(struct rng *rng, unsigned int thread)
 {
 	struct op op = { .thread = thread };
 	unsigned int dice = below(rng, 100), w = below(rng, 5);
@@ -824,7 +327,7 @@ static struct op random_op(struct rng *rng, unsigned int thread)
 	op.kind = dice < 35 ? READ : dice < 80 ? WRITE : DISCARD + (dice - 80) / 5;
 	if (op.kind > ZERORANGE)
 		op.kind = FLUSH;
-	if (op.kind > WRITE && opt.without & 1U << ZEROES)
+	if (op.kind > WRITE && !with(ZEROES))
 		op.kind = dice % 2 ? READ : WRITE;
 	if (percent(rng, 30))
 		len = SECTORS_PER_BLOCK * (1 + below(rng, max / SECTORS_PER_BLOCK));
@@ -847,11 +350,10 @@ static struct op random_op(struct rng *rng, unsigned int thread)
 		op.flags |= DSYNC;
 	if (cfg.nowait && op.kind <= WRITE && percent(rng, 30))
 		op.flags |= NOWAIT;
-	if (opt.threads > 1 && !(opt.without & 1U << URINGS) && percent(rng, 50) &&
+	if (opt.threads > 1 && with(URINGS) && percent(rng, 50) &&
 	    op.kind != DISCARD && op.kind != ZEROOUT)
 		op.flags |= URING;
-	op.tag = TAG_FIRST + __atomic_fetch_add(&next_tag, 1, __ATOMIC_RELAXED) %
-		 (STAMP_TAGS - TAG_FIRST);
+	op.tag = new_tag();
 	return op;
 }
 
@@ -868,6 +370,8 @@ struct worker {
 	unsigned int under_way;
 	bool done;
 };
+
+static __thread struct worker *self; /* of this thread, if it may have requests under way */
 
 static void reap(struct worker *worker, bool wait)
 {
@@ -896,6 +400,13 @@ static void reap(struct worker *worker, bool wait)
 		free(op);
 		wait = false;
 	}
+}
+
+/* Takes note of the requests of this thread that have ended. */
+void reap_own(void)
+{
+	if (self)
+		reap(self, false);
 }
 
 static void run_uring(struct worker *worker, const struct op *template)
@@ -1006,10 +517,10 @@ static void cached_recover(void)
 	uint64_t s;
 	unsigned int i;
 
-	pthread_mutex_lock(&model_lock);
+	model_lock();
 	if (!limited_until)
 		wrong("buffered writes were lost though nothing was full");
-	pthread_mutex_unlock(&model_lock);
+	model_unlock();
 	if (ioctl(cached_fd, BLKFLSBUF))
 		die("BLKFLSBUF: %s", strerror(errno));
 	if (posix_memalign((void **)&buf, 4096, w->sectors * SECTOR))
@@ -1025,8 +536,8 @@ static void cached_recover(void)
 		for (i = 0; i < c->n; i++)
 			right |= tag == c->since[i];
 		if (!right)
-			wrong("sector %" PRIu64 " has tag %u after a lost buffered write, neither %u nor later",
-			    w->first + s, tag, c->stored);
+			wrong("after a lost buffered write sector %" PRIu64
+			      " has tag %u, neither %u nor later", w->first + s, tag, c->stored);
 		*c = (struct cached){ .tag = tag, .stored = tag };
 	}
 	free(buf);
@@ -1059,7 +570,8 @@ static void cached_read(uint64_t s, uint64_t count, char *buf)
 
 	for (;;) {
 		if (pread(cached_fd, buf, len, (w->first + s) * SECTOR) != len)
-			die("buffered read at sector %" PRIu64 ": %s", w->first + s, strerror(errno));
+			die("buffered read at sector %" PRIu64 ": %s", w->first + s,
+			    strerror(errno));
 		for (i = 0; i < count; i++)
 			if (stamp_tag(buf + i * SECTOR, w->first + s + i) != cached[s + i].tag)
 				break;
@@ -1143,8 +655,7 @@ static void *work_buffered(void *arg)
 		if (dice < 40)
 			cached_read(s, count, buf);
 		else if (dice < 85)
-			cached_write(s, count, buf, TAG_FIRST + __atomic_fetch_add(&next_tag, 1,
-				     __ATOMIC_RELAXED) % (STAMP_TAGS - TAG_FIRST));
+			cached_write(s, count, buf, new_tag());
 		else if (dice < 92)
 			cached_clear(s, count, percent(rng, 50));
 		else if (dice < 97)
@@ -1183,23 +694,23 @@ static void write_file(const char *path, const char *text)
 /* Which is cfg.limit or cfg.total_limit. */
 static void set_limit(long *which, long limit)
 {
-	pthread_mutex_lock(&model_lock);
+	model_lock();
 	if (limit)
 		limited_until = UINT64_MAX;
 	*which = limit;
-	pthread_mutex_unlock(&model_lock);
+	model_unlock();
 }
 
 /* Once the kernel knows of it: from now on nothing may fail for want of space. */
 static void limit_set(void)
 {
-	pthread_mutex_lock(&model_lock);
+	model_lock();
 	if (!cfg.limit && !cfg.total_limit && !cfg.tmpfs && limited_until == UINT64_MAX)
-		limited_until = ++now;
-	pthread_mutex_unlock(&model_lock);
+		limited_until = model_tick();
+	model_unlock();
 }
 
-static void table_params(char *params, size_t size, unsigned int base, long limit)
+void table_params(char *params, size_t size, unsigned int base, long limit)
 {
 	size_t n = snprintf(params, size, "%s %d", opt.bases[base],
 			    (limit ? 2 : 0) + (cfg.tmpfs ? 2 : 0));
@@ -1312,7 +823,7 @@ static void run_limit(const struct op *op)
 	limit_set();
 }
 
-static void run_control(struct op *op, struct rng *rng)
+void run_control(struct op *op, struct rng *rng)
 {
 	if (whole_device(op)) {
 		run_whole(op);
@@ -1341,7 +852,7 @@ static unsigned int random_base(struct rng *rng)
 	return below(rng, cfg.nowait ? opt.nr_nowait : opt.nr_bases);
 }
 
-static struct op random_control(struct rng *rng, unsigned int thread)
+struct op random_control(struct rng *rng, unsigned int thread)
 {
 	struct op op = { .thread = thread };
 	unsigned int dice = below(rng, 100);
@@ -1383,9 +894,9 @@ static void *work_control(void *arg)
 	while (!stopping) {
 		struct op op = random_control(&worker->rng, worker->number);
 
-		if (!(opt.without & 1U << CONTROL))
+		if (with(CONTROL))
 			run_control(&op, &worker->rng);
-		if (!(opt.without & 1U << VM))
+		if (with(VM))
 			stir_memory(&worker->rng);
 		nap(&worker->rng, 20000);
 	}
@@ -1435,9 +946,9 @@ static void remove_device(void)
 }
 
 /* Nothing is under way: all is read, and the status compared with the model. */
-static bool verify(struct rng *rng)
+bool verify(struct rng *rng)
 {
-	unsigned int w, stored = 0, used, most = 0;
+	unsigned int w, stored, used, most;
 	struct dm_call call;
 	char health[32];
 	uint64_t b;
@@ -1472,21 +983,7 @@ static bool verify(struct rng *rng)
 		}
 	}
 
-	/* A block that has data of a write is stored, one that had none is not. */
-	for (b = 0; b < windows[BUFFERED].index / SECTORS_PER_BLOCK; b++) {
-		bool data = false;
-
-		for (w = 0; w < SECTORS_PER_BLOCK; w++) {
-			const struct sector *s = &model[b * SECTORS_PER_BLOCK + w];
-			unsigned int i;
-
-			for (i = 0; i < s->n; i++)
-				data |= s->writes[i].gone == UINT64_MAX &&
-					s->writes[i].tag >= TAG_FIRST;
-		}
-		stored += data;
-		most += touched[b];
-	}
+	model_count(&stored, &most);
 	if (broken)
 		return false;
 	check(dm_status(NAME, &call), "status");
@@ -1514,12 +1011,7 @@ static void check_total_used(uint64_t want)
 		    used, want);
 }
 
-static bool with(unsigned int feature)
-{
-	return !(opt.without & 1U << feature);
-}
-
-static void start_round(uint64_t seed, struct rng *rng)
+void start_round(uint64_t seed, struct rng *rng)
 {
 	static const unsigned int hot[] = { 8, 16, 32, 128, 1024 };
 	static const unsigned int stripes[] = { 1, 3, 8, 20 };
@@ -1542,19 +1034,17 @@ static void start_round(uint64_t seed, struct rng *rng)
 	cfg.ops = 100 + below(rng, 900);
 	if (opt.ops && cfg.ops > opt.ops)
 		cfg.ops = opt.ops;
-	pthread_mutex_lock(&model_lock);
+	model_lock();
 	limited_until = cfg.limit || cfg.tmpfs ? UINT64_MAX : 0;
-	nr_history = 0;
-	next_tag = 0;
 	model_reset();
-	pthread_mutex_unlock(&model_lock);
+	model_unlock();
 	cached_set(initial_tag);
-	wrong_sector = UINT64_MAX;
+	next_tag = 0;
 	broken = stopping = false;
 	open_device();
 }
 
-static void end_round(void)
+void end_round(void)
 {
 	remove_device();
 	write_file(TOTAL_LIMIT, total_limit);
@@ -1565,15 +1055,8 @@ static void print_hanging(void)
 {
 	DIR *dir = opendir("/proc/self/task");
 	struct dirent *entry;
-	unsigned int i;
 
-	for (i = nr_history < HISTORY ? 0 : nr_history - HISTORY; i < nr_history; i++) {
-		if (history[i % HISTORY].end)
-			continue;
-		printf("# under way: thread %u: ", history[i % HISTORY].thread);
-		print_op(&history[i % HISTORY]);
-		printf("\n");
-	}
+	print_under_way();
 	while (dir && (entry = readdir(dir))) {
 		char path[300], line[200];
 		FILE *f;
@@ -1589,17 +1072,27 @@ static void print_hanging(void)
 
 static void join(struct worker *worker, const char *what)
 {
+	uint64_t ops = 0;
 	struct timespec ts;
+	time_t moved = time(NULL);
 
-	clock_gettime(CLOCK_REALTIME, &ts);
-	ts.tv_sec += HANG;
-	if (pthread_timedjoin_np(worker->thread, NULL, &ts)) {
-		print_hanging();
-		die("%s hangs", what);
-	}
+	do {
+		if (ops != __atomic_load_n(&total_ops, __ATOMIC_RELAXED)) {
+			ops = __atomic_load_n(&total_ops, __ATOMIC_RELAXED);
+			moved = time(NULL);
+		}
+		if (time(NULL) - moved > HANG) {
+			print_hanging();
+			die("%s hangs", what);
+		}
+		if (time(NULL) >= deadline)
+			stopping = true;
+		clock_gettime(CLOCK_REALTIME, &ts);
+		ts.tv_sec++;
+	} while (pthread_timedjoin_np(worker->thread, NULL, &ts));
 }
 
-static bool threads_round(struct rng *rng)
+bool threads_round(struct rng *rng)
 {
 	static struct worker workers[THREADS + 1];
 	struct worker *control = &workers[THREADS];
@@ -1622,290 +1115,13 @@ static bool threads_round(struct rng *rng)
 	return !broken && verify(rng);
 }
 
-/* Whether the round fails again as the options are now. */
-static bool fails_again(void)
-{
-	struct rng rng;
-	unsigned int i;
-
-	for (i = 0; i < REPEAT; i++) {
-		end_round();
-		start_round(cfg.seed, &rng);
-		if (!threads_round(&rng))
-			return true;
-	}
-	return false;
-}
-
-/* Leaves away what the failure does not need, as far as a few repetitions tell. */
-static void simplify(void)
-{
-	time_t end = time(NULL) + SHRINK;
-	unsigned int i, old;
-
-	quiet = true;
-	if (!fails_again())
-		printf("# did not fail again in %u repetitions\n", REPEAT);
-	for (i = 0; i < FEATURES && time(NULL) < end; i++) {
-		old = opt.without;
-		opt.without |= 1U << i;
-		if (opt.without != old && !fails_again())
-			opt.without = old;
-	}
-	while (opt.threads > 2 && time(NULL) < end) {
-		opt.threads--;
-		if (!fails_again()) {
-			opt.threads++;
-			break;
-		}
-	}
-	while (cfg.ops > 10 && time(NULL) < end) {
-		old = opt.ops;
-		opt.ops = cfg.ops / 2;
-		if (!fails_again()) {
-			opt.ops = old;
-			break;
-		}
-	}
-	printf("# the simplest that fails again:\n");
-	quiet = false;
-	fails_again();
-}
-
-/*
- * One thread
- */
-
-/* Notes in the operations how they ended. */
-static bool play(struct op *ops, unsigned int n, struct rng *rng)
-{
-	unsigned int i;
-
-	for (i = 0; i < n && !broken; i++) {
-		struct op op = ops[i];
-
-		if (op.kind >= RESET)
-			run_control(&op, rng);
-		else if (op.sector + op.count <= cfg.sectors)
-			run_sync(&op, rng);
-		ops[i].result = op.result;
-	}
-	return !broken && verify(rng);
-}
-
-/* From a fresh device; what chance decides is the same each time. */
-static bool play_again(struct op *ops, unsigned int n)
-{
-	struct rng rng;
-
-	end_round();
-	start_round(cfg.seed, &rng);
-	return play(ops, n, &rng);
-}
-
-/* The tag of tests/io for one of ours: each write has a letter. */
-static char letter(const struct op *ops, unsigned int n, uint32_t tag)
-{
-	static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-	unsigned int i, nth = 0;
-
-	for (i = 0; i < n; i++) {
-		if (ops[i].kind == WRITE && ops[i].tag == tag)
-			return letters[nth % (sizeof(letters) - 1)];
-		nth += ops[i].kind == WRITE;
-	}
-	return tag == TAG_BASE ? '.' : tag == TAG_ZERO ? '0' : '?';
-}
-
-static void print_control(const struct op *op, uint64_t *sectors)
-{
-	char params[512];
-
-	if (op->suspended || op->kind == SUSPEND)
-		printf(" 'suspend " NAME "'");
-	switch (op->kind) {
-	case RESET:
-		printf(" 'message " NAME " reset'");
-		break;
-	case LIMIT:
-		if (op->total)
-			printf(" && echo %ldK >" TOTAL_LIMIT " &&\\\n    io /dev/mapper/" NAME,
-			       op->limit ? op->limit * 4 : 1L << 40);
-		else if (op->limit)
-			printf(" 'message " NAME " limit %ld'", op->limit);
-		else
-			printf(" 'message " NAME " limit none'");
-		break;
-	case RELOAD:
-		table_params(params, sizeof(params), op->base, op->limit);
-		if (op->sectors > *sectors && !op->abandon)
-			*sectors = op->sectors;
-		printf(" 'load " NAME " %" PRIu64 " nbdcow %s'",
-		       op->abandon ? op->sectors : *sectors, params);
-		printf(op->abandon ? " 'run dmsetup clear " NAME "'" : " 'resume " NAME "'");
-		return;
-	case CLEAR_ALL:
-		printf(" 'discard 0 %" PRIu64 "s'", *sectors);
-		break;
-	default:
-		break;
-	}
-	if (op->suspended || op->kind == SUSPEND)
-		printf(" 'resume " NAME "'");
-}
-
-/* What shows the failure: the block of the sector that was wrong, or the status. */
-static void print_expected(const struct op *ops, unsigned int n)
-{
-	uint64_t at = wrong_sector / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
-	unsigned int i, s;
-
-	if (wrong_sector == UINT64_MAX) {
-		printf(" && dmsetup status " NAME "\n");
-		return;
-	}
-	printf(" 'is %" PRIu64 "s ", at);
-	for (s = 0; s < SECTORS_PER_BLOCK && at + s < cfg.sectors; s++) {
-		const struct sector *sector = model_of(at + s);
-		uint32_t tag = STAMP_UNKNOWN;
-		unsigned int found = 0;
-
-		for (i = 0; i < sector->n; i++) {
-			if (sector->writes[i].gone == UINT64_MAX) {
-				tag = sector->writes[i].tag;
-				found++;
-			}
-		}
-		putchar(found == 1 ? letter(ops, n, tag) : '?');
-	}
-	printf("'\n");
-}
-
-static void print_stream(const struct op *ops, unsigned int n, uint64_t sectors)
-{
-	char params[512];
-	unsigned int i;
-
-	table_params(params, sizeof(params), cfg.base, cfg.limit);
-	printf("# %u operations are enough:\n", n);
-	for (i = 0; i < n; i++) {
-		printf("#   ");
-		print_op(&ops[i]);
-		printf("\n");
-	}
-	printf("dmsetup create " NAME " --table '0 %" PRIu64 " nbdcow %s' &&\\\n"
-	       "    io /dev/mapper/" NAME, sectors, params);
-	for (i = 0; i < n; i++) {
-		const struct op *op = &ops[i];
-
-		if (op->kind >= RESET) {
-			print_control(op, &sectors);
-			continue;
-		}
-		if (op->sector + op->count > sectors)
-			continue;
-		printf(" '%s%s%s", op->result == -ENOSPC ? "fails ENOSPC " :
-				   op->result == -EAGAIN ? "fails EAGAIN " : "",
-		       op->flags & NOWAIT ? "nowait " : "",
-		       op->flags & DSYNC ? "fua" : kind_names[op->kind]);
-		if (op->kind != FLUSH)
-			printf(" %" PRIu64 "s %" PRIu64 "s", op->sector, op->count);
-		if (op->kind <= WRITE)
-			printf(" %c", op->kind == READ ? '?' : letter(ops, n, op->tag));
-		printf("'");
-	}
-	print_expected(ops, n);
-}
-
-/* Leaves operations away, in pieces of half the number each time. */
-static unsigned int leave_away(struct op *ops, unsigned int n, time_t end)
-{
-	struct op *fewer = malloc(n * sizeof(*fewer));
-	unsigned int piece = n / 2, at, rest;
-
-	if (!fewer)
-		die("out of memory");
-	while (piece && time(NULL) < end) {
-		bool shorter = false;
-
-		for (at = 0; at < n && time(NULL) < end;) {
-			rest = at + piece < n ? n - at - piece : 0;
-			memcpy(fewer, ops, at * sizeof(*ops));
-			memcpy(fewer + at, ops + n - rest, rest * sizeof(*ops));
-			if (at + rest < n && !play_again(fewer, at + rest)) {
-				n = at + rest;
-				memcpy(ops, fewer, n * sizeof(*ops));
-				shorter = true;
-			} else {
-				at += piece;
-			}
-		}
-		if (!shorter || piece > 1)
-			piece /= 2;
-	}
-	free(fewer);
-	return n;
-}
-
-/* Makes single operations plainer and shorter. */
-static void make_plain(struct op *ops, unsigned int n, time_t end)
-{
-	unsigned int i, kind;
-
-	for (i = 0; i < n; i++) {
-		for (kind = 0; kind < 3 && ops[i].kind < FLUSH && time(NULL) < end; kind++) {
-			struct op old = ops[i];
-
-			if (kind == 0 ? !old.flags && !old.shift : old.count == 1)
-				continue;
-			if (kind == 0)
-				ops[i].flags = ops[i].shift = 0;
-			else
-				ops[i].count -= old.count / 2;
-			if (kind == 2)
-				ops[i].sector += old.count / 2;
-			if (play_again(ops, n))
-				ops[i] = old;
-			else
-				kind = 0;	/* the halves of the half */
-		}
-	}
-}
-
-static bool single_round(struct rng *rng)
-{
-	static struct op ops[SINGLE_OPS];
-	struct rng stream = { next_random(rng) };
-	uint64_t sectors = cfg.sectors;
-	time_t end;
-	unsigned int i, n;
-
-	/* the operations must not depend on how far the device has grown */
-	cfg.sectors = sizes[2];
-	for (i = 0; i < SINGLE_OPS; i++)
-		ops[i] = cfg.control && percent(&stream, 5) ? random_control(&stream, 0) :
-							      random_op(&stream, 0);
-	cfg.sectors = sectors;
-	if (play(ops, SINGLE_OPS, rng))
-		return true;
-	end = time(NULL) + SHRINK;
-	quiet = true;
-	n = leave_away(ops, SINGLE_OPS, end);
-	make_plain(ops, n, end);
-	quiet = false;
-	if (play_again(ops, n))
-		printf("# the failure did not come again\n");
-	print_stream(ops, n, sectors);
-	return false;
-}
-
 static void usage(void)
 {
 	puts("usage: fuzz [OPTION]... BASE...\n"
 	     "BASE is a block device with the content that `io BASE 'write 0 end .'` gives; more\n"
 	     "than one must have the same, those that know RWF_NOWAIT first.\n"
 	     "  --seed N       replays the run with this seed\n"
-	     "  --seconds N    how long, default 60; a round is always finished\n"
+	     "  --seconds N    how long, default 60\n"
 	     "  --rounds N     how many rounds at most\n"
 	     "  --repeat       each of them with the seed itself\n"
 	     "  --threads N    default 4; with 1 a failure is certain to come again\n"
@@ -2033,13 +1249,12 @@ int main(int argc, char **argv)
 	/* swapping is for the overlays */
 	if (mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
 		die("mlockall: %s", strerror(errno));
-	model = calloc(MODEL, sizeof(*model));
-	if (!model)
-		die("out of memory");
+	model_init();
 	look_at_bases();
 	read_total_limit();
 	printf("# seed %" PRIu64 ", %u threads\n", opt.seed, opt.threads);
 	seeds.state = opt.seed;
+	deadline = start + opt.seconds;
 	do {
 		/* the first round has the seed itself, so that it can be given back */
 		start_round(cfg.number++ && !opt.repeat ? next_random(&seeds) : opt.seed, &rng);
@@ -2050,10 +1265,10 @@ int main(int argc, char **argv)
 		check_total_used(0);
 		if (time(NULL) - told >= 60) {
 			told = time(NULL);
-			printf("# %ld s: %u rounds, %" PRIu64 " operations; this round's seed %" PRIu64
+			printf("# %ld s: %u rounds, %" PRIu64 " operations; last seed %" PRIu64
 			       "\n", told - start, cfg.number, total_ops, cfg.seed);
 		}
-	} while (time(NULL) - start < opt.seconds && (!opt.rounds || cfg.number < opt.rounds));
+	} while (time(NULL) < deadline && (!opt.rounds || cfg.number < opt.rounds));
 	if (!right) {
 		print_replay();
 		if (opt.threads > 1) {
