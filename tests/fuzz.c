@@ -34,6 +34,7 @@ static const uint64_t sizes[] = { MIB(64) + KIB(384) + 5, MIB(96), LARGEST };
 
 const char *const features[FEATURES] = {
 	"buffered", "control", "limits", "nowait", "uring", "big", "zeroes", "vm",
+	"cache",
 };
 
 struct round cfg;
@@ -713,12 +714,17 @@ static void limit_set(void)
 void table_params(char *params, size_t size, unsigned int base, long limit)
 {
 	size_t n = snprintf(params, size, "%s %d", opt.bases[base],
-			    (limit ? 2 : 0) + (cfg.tmpfs ? 2 : 0));
+			    (limit ? 2 : 0) + (cfg.tmpfs ? 2 : 0) + cfg.cow_on_read +
+			    (cfg.cache_limit ? 2 : 0));
 
 	if (limit)
 		n += snprintf(params + n, size - n, " limit %ld", limit);
 	if (cfg.tmpfs)
-		snprintf(params + n, size - n, " tmpfs %s", opt.tmpfs);
+		n += snprintf(params + n, size - n, " tmpfs %s", opt.tmpfs);
+	if (cfg.cow_on_read)
+		n += snprintf(params + n, size - n, " cow_on_read");
+	if (cfg.cache_limit)
+		snprintf(params + n, size - n, " cache_limit %u", cfg.cache_limit);
 }
 
 static void nap(struct rng *rng, unsigned int most_us)
@@ -825,6 +831,8 @@ static void run_limit(const struct op *op)
 
 void run_control(struct op *op, struct rng *rng)
 {
+	int ret;
+
 	if (whole_device(op)) {
 		run_whole(op);
 		return;
@@ -833,6 +841,12 @@ void run_control(struct op *op, struct rng *rng)
 	switch (op->kind) {
 	case LIMIT:
 		run_limit(op);
+		break;
+	case CACHE:
+		/* one prefetch may be under way */
+		ret = dm_message(NAME, cache_messages[op->message]);
+		if (ret != -EBUSY)
+			check(ret, cache_messages[op->message]);
 		break;
 	case SUSPEND:
 		if (dm_suspend(NAME, op->suspend_flags))
@@ -857,11 +871,12 @@ struct op random_control(struct rng *rng, unsigned int thread)
 	struct op op = { .thread = thread };
 	unsigned int dice = below(rng, 100);
 
-	op.kind = dice < 25 ? RESET : dice < 45 ? LIMIT : dice < 60 ? SUSPEND :
-		  dice < 90 ? RELOAD : CLEAR_ALL;
+	op.kind = dice < 20 ? RESET : dice < 35 ? LIMIT : dice < 45 ? SUSPEND :
+		  dice < 70 ? RELOAD : dice < 80 || !cfg.caches ? CLEAR_ALL : CACHE;
+	op.message = below(rng, CACHE_MESSAGES);
 	op.limit = percent(rng, 50) || !cfg.limits ? 0 : 1 + below(rng, 300);
 	op.total = percent(rng, 30);
-	op.suspended = op.kind != CLEAR_ALL && percent(rng, 30);
+	op.suspended = op.kind != CLEAR_ALL && op.kind != CACHE && percent(rng, 30);
 	op.suspend_flags = (percent(rng, 50) ? DM_SKIP_LOCKFS_FLAG : 0) |
 			   (percent(rng, 30) ? DM_NOFLUSH_FLAG : 0);
 	op.base = random_base(rng);
@@ -1029,6 +1044,9 @@ void start_round(uint64_t seed, struct rng *rng)
 	cfg.nowait = percent(rng, 50) && opt.nr_nowait && with(NOWAITS);
 	cfg.base = random_base(rng);
 	cfg.big = percent(rng, 50) && with(BIG);
+	cfg.caches = percent(rng, 60) && with(CACHES);
+	cfg.cow_on_read = cfg.caches && percent(rng, 70);
+	cfg.cache_limit = cfg.caches && percent(rng, 30) ? 1 + below(rng, 600) : 0;
 	cfg.control = percent(rng, 70) && (with(CONTROL) || with(VM));
 	cfg.stripe = percent(rng, 25) && opt.threads > 1 ? stripes[below(rng, 4)] : 0;
 	cfg.ops = 100 + below(rng, 900);

@@ -43,13 +43,13 @@ extern const struct window windows[WINDOWS];
 
 enum kind {
 	READ, WRITE, DISCARD, ZEROOUT, PUNCH, ZERORANGE, FLUSH,
-	RESET, LIMIT, SUSPEND, RELOAD, CLEAR_ALL,
+	RESET, LIMIT, SUSPEND, RELOAD, CLEAR_ALL, CACHE,
 };
 
 enum { NOWAIT = 1, URING = 2, VECTOR = 4, DSYNC = 8 };
 
 /* What a round may do without. */
-enum { BUFFERED_IO, CONTROL, LIMITS, NOWAITS, URINGS, BIG, ZEROES, VM, FEATURES };
+enum { BUFFERED_IO, CONTROL, LIMITS, NOWAITS, URINGS, BIG, ZEROES, VM, CACHES, FEATURES };
 extern const char *const features[FEATURES];
 
 struct op {
@@ -61,6 +61,7 @@ struct op {
 	uint32_t tag;		/* of a write */
 	unsigned int shift;	/* bytes by which the memory is misaligned */
 	long limit;		/* blocks, 0 for none: LIMIT and RELOAD */
+	unsigned int message;	/* which one: CACHE */
 	bool total;		/* of all overlays: LIMIT */
 	bool suspended;		/* done while the device is: RESET and RELOAD */
 	unsigned int suspend_flags; /* SUSPEND */
@@ -98,6 +99,9 @@ extern struct round {
 	bool control;
 	bool nowait;
 	bool big;		/* operations of up to LONGEST sectors */
+	bool caches;		/* something is done to the cache of the base */
+	bool cow_on_read;	/* features of the tables */
+	unsigned int cache_limit;
 	unsigned int stripe;	/* sectors in turn for each thread; 0: all for all */
 	bool tmpfs;		/* not the kernel's own one */
 	uint64_t sectors;	/* of the device now */
@@ -165,5 +169,8 @@ bool op_end(struct op *op, int result, enum outcome outcome);
 /* fuzz_shrink.c */
 void simplify(void);
 bool single_round(struct rng *rng);
+
+#define CACHE_MESSAGES 12
+extern const char *const cache_messages[CACHE_MESSAGES];
 
 #endif

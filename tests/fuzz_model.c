@@ -60,7 +60,14 @@ uint64_t wrong_sector;		/* by a read, or UINT64_MAX */
 
 const char *const kind_names[] = {
 	"check", "write", "discard", "zeroout", "punch", "zerorange", "flush",
-	"reset", "limit", "suspend", "reload", "clear-all",
+	"reset", "limit", "suspend", "reload", "clear-all", "cache",
+};
+
+/* Messages about the cache of the base, none of which changes what can be read. */
+const char *const cache_messages[CACHE_MESSAGES] = {
+	"cow_on_read on", "cow_on_read off", "cow_on_cache on", "cache_limit 50",
+	"cache_limit 400", "cache_limit none", "drop_cache", "prefetch 0 500",
+	"prefetch 16300 200 2000", "prefetch stop", "queue_errors on", "queue_errors off",
 };
 
 void print_op(const struct op *op)
@@ -74,6 +81,9 @@ void print_op(const struct op *op)
 		break;
 	case LIMIT:
 		printf(" %s%ld", op->total ? "of all " : "", op->limit);
+		break;
+	case CACHE:
+		printf(" %s", cache_messages[op->message]);
 		break;
 	case RELOAD:
 		printf(" base %u, limit %ld, %" PRIu64 "s%s", op->base, op->limit, op->sectors,

@@ -146,6 +146,9 @@ static void print_control(const struct op *op, uint64_t *sectors)
 	case CLEAR_ALL:
 		printf(" 'discard 0 %" PRIu64 "s'", *sectors);
 		break;
+	case CACHE:
+		printf(" 'message " NAME " %s'", cache_messages[op->message]);
+		break;
 	default:
 		break;
 	}
