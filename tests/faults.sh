@@ -83,7 +83,7 @@ partial_write()
 
 many_blocks()
 {
-	step 'after status test-cow used=32 zeroed=0' 'faults write 64k 1M A'
+	step 'after status test-cow used=256 zeroed=0' 'faults write 64k 1M A'
 }
 
 # Partial blocks in front and at the end, stored and zeroed ones in the middle.
