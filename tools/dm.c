@@ -228,6 +228,20 @@ static int find(struct dm_task *task, struct cow *cow)
 	return err == -ENXIO ? -ENODEV : err;
 }
 
+/* Where no udev sees to the nodes, a command that was killed may have left that out. */
+static void repair_node(const char *mangled, bool wanted)
+{
+	char *path = xasprintf("%s/%s", dm_dir(), mangled);
+
+	/* Asks the kernel again, so it does no harm to what was made meanwhile. */
+	if (!dm_udev_get_sync_support() && wanted == !!access(path, F_OK)) {
+		dm_mknodes(mangled);
+		/* now, not at exit: it may be opened next */
+		dm_task_update_nodes();
+	}
+	free(path);
+}
+
 /* Return: -ENODEV, in silence, when there is no device of that name. */
 int dm_find(const char *mangled, struct cow *cow)
 {
@@ -238,10 +252,8 @@ int dm_find(const char *mangled, struct cow *cow)
 		dm_task_destroy(task);
 	if (err && err != -ENODEV)
 		fail_query(err, mangled);
-	/* Where no udev makes nodes, a create that was killed may have made none. */
-	if (!err && cow->state == COW_LIVE && !dm_udev_get_sync_support() &&
-	    access(cow->path, F_OK))
-		dm_mknodes(cow->mangled);
+	if (err == -ENODEV || (!err && cow->state == COW_LIVE))
+		repair_node(mangled, !err);
 	return err;
 }
 
