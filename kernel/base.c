@@ -39,6 +39,7 @@
 
 struct nbdcow_fetch {
 	struct nbdcow_base *base; /* with a reference */
+	struct block_device *bdev; /* what is read; the driver changes bio's */
 	struct nbdcow_prefetch *prefetch; /* to tell, or NULL */
 	u64 first;		/* first block */
 	unsigned int nr;	/* blocks */
@@ -179,7 +180,9 @@ static bool reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
 	if (now <= limit)
 		return true;
 	if (replace && nr <= limit) {
-		atomic_long_add(evict(base, now - limit, false), &base->evicted);
+		now = evict(base, min_t(unsigned long, now - limit, 2 * nr),
+			    false);
+		atomic_long_add(now, &base->evicted);
 		now = atomic_long_read(&base->cached);
 		if (now <= limit)
 			return true;
@@ -294,12 +297,11 @@ static void fetch_endio(struct bio *bio)
 	queue_work(nbdcow_wq, &fetch->work);
 }
 
-static void fetch_read(struct nbdcow_fetch *fetch, struct block_device *bdev,
-		       blk_opf_t flags)
+static void fetch_read(struct nbdcow_fetch *fetch, blk_opf_t flags)
 {
 	unsigned int i;
 
-	bio_init(&fetch->bio, bdev, fetch->bvecs, fetch->nr, REQ_OP_READ | flags);
+	bio_init(&fetch->bio, fetch->bdev, fetch->bvecs, fetch->nr, REQ_OP_READ | flags);
 	fetch->bio.bi_iter.bi_sector = fetch->first * NBDCOW_BLOCK_SECTORS;
 	fetch->bio.bi_end_io = fetch_endio;
 	if (fetch->prefetch)
@@ -348,7 +350,17 @@ static void fetch_copy(struct nbdcow_fetch *fetch, struct bio *bio)
 							   fetch->first].bv_page);
 		iter = piece.iter;
 	}
+	nbdcow_base_done(io->t, BLK_STS_OK);
 	nbdcow_bio_complete(bio, 0);
+}
+
+/* One read less under way; the lock is held, and what wakes needs a barrier. */
+static void prefetch_less(struct nbdcow_prefetch *prefetch)
+{
+	if (--prefetch->inflight)
+		return;
+	smp_mb();	/* inflight before the look for who waits */
+	wake_up_var(&prefetch->inflight);
 }
 
 static void prefetch_ended(struct nbdcow_prefetch *prefetch, blk_status_t status)
@@ -356,9 +368,8 @@ static void prefetch_ended(struct nbdcow_prefetch *prefetch, blk_status_t status
 	spin_lock(&prefetch->lock);
 	if (status && prefetch->state == NBDCOW_PREFETCH_RUNNING)
 		prefetch->state = NBDCOW_PREFETCH_FAILED;
-	if (!--prefetch->inflight)
-		wake_up_var(&prefetch->inflight);
 	queue_delayed_work(nbdcow_wq, &prefetch->work, 0);
+	prefetch_less(prefetch);
 	spin_unlock(&prefetch->lock);
 }
 
@@ -395,13 +406,12 @@ static void fetch_work(struct work_struct *work)
 {
 	struct nbdcow_fetch *fetch =
 		container_of(work, struct nbdcow_fetch, work);
-	struct block_device *bdev = fetch->bio.bi_bdev;
 	blk_status_t status = fetch->bio.bi_status;
 
 	bio_uninit(&fetch->bio);
 	/* The bio that began it, or the prefetch, still keeps the device. */
 	if (status == BLK_STS_AGAIN)	/* was tried with REQ_NOWAIT */
-		fetch_read(fetch, bdev, 0);
+		fetch_read(fetch, 0);
 	else
 		fetch_end(fetch, status);
 }
@@ -414,9 +424,14 @@ static struct nbdcow_fetch *fetch_create(struct nbdcow_base *base, u64 first,
 					 unsigned int nr, gfp_t gfp,
 					 bool replace)
 {
+	unsigned long limit = READ_ONCE(base->limit);
+	unsigned long cached = replace ? 0 : atomic_long_read(&base->cached);
 	struct nbdcow_fetch *fetch;
 	unsigned int pages, i;
 
+	if (cached >= limit)
+		return NULL;
+	nr = min_t(unsigned long, nr, limit - cached);
 	if (!reserve(base, nr, replace))
 		return NULL;
 	fetch = kmalloc(struct_size(fetch, bvecs, nr), gfp);
@@ -521,7 +536,12 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 	if (entry && next == block)
 		return is_fetch(entry) ?
 		       fetch_join(t, block, bio, sectors) : -ESTALE;
-	fetch = fetch_create(base, block, (entry ? next : end) - block,
+	end = entry ? next : end;
+	/* More than this cannot be had, and REQ_NOWAIT wants all or nothing. */
+	if (nowait && (end - block) * NBDCOW_BLOCK_SECTORS - skip <
+		      bio_sectors(bio))
+		return -EAGAIN;
+	fetch = fetch_create(base, block, end - block,
 			     nbdcow_gfp(nowait ? NBDCOW_NOWAIT : NBDCOW_MAP),
 			     true);
 	if (!fetch)
@@ -537,7 +557,8 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 		return -EAGAIN;
 	}
 	this_cpu_add(t->overlay->stats->misses, bio_sectors(bio));
-	fetch_read(fetch, t->dev->bdev, nowait);
+	fetch->bdev = t->dev->bdev;
+	fetch_read(fetch, nowait);
 	return DM_MAPIO_SUBMITTED;
 }
 
@@ -594,6 +615,24 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_base *base,
 	return NULL;
 }
 
+/* Let no read begin for some jiffies. */
+static void pause_prefetch(struct nbdcow_prefetch *prefetch, unsigned long pause)
+{
+	prefetch->not_before = jiffies + pause;
+	mod_delayed_work(nbdcow_wq, &prefetch->work, pause);
+}
+
+/* Is it too early for the next read? Then the work comes again. */
+static bool waits(struct nbdcow_prefetch *prefetch)
+{
+	long left = prefetch->not_before - jiffies;
+
+	if (!prefetch->rate || left <= 0)
+		return false;
+	queue_delayed_work(nbdcow_wq, &prefetch->work, left);
+	return true;
+}
+
 static void prefetch_work(struct work_struct *work)
 {
 	struct nbdcow_prefetch *prefetch =
@@ -606,7 +645,7 @@ static void prefetch_work(struct work_struct *work)
 	for (;;) {
 		spin_lock(&prefetch->lock);
 		if (prefetch->state != NBDCOW_PREFETCH_RUNNING ||
-		    prefetch->paused ||
+		    prefetch->paused || waits(prefetch) ||
 		    prefetch->inflight >= (prefetch->rate ?
 					   1 : NBDCOW_PREFETCH_DEPTH)) {
 			spin_unlock(&prefetch->lock);
@@ -620,23 +659,21 @@ static void prefetch_work(struct work_struct *work)
 			break;
 		fetch->prefetch = prefetch;
 		nr = fetch->nr;
-		fetch_read(fetch, t->dev->bdev, 0);
+		fetch->bdev = t->dev->bdev;
+		fetch_read(fetch, 0);
 		if (prefetch->rate)
-			queue_delayed_work(nbdcow_wq, &prefetch->work,
-					   (u64)nr * NBDCOW_BLOCK_BYTES / 1024 *
-					   HZ / prefetch->rate);
+			pause_prefetch(prefetch, nr * NBDCOW_BLOCK_BYTES / 1024 *
+						 HZ / prefetch->rate);
 	}
 
 	spin_lock(&prefetch->lock);
-	prefetch->inflight--;
 	if (prefetch->state == NBDCOW_PREFETCH_RUNNING) {
 		if (prefetch->next < prefetch->end)
 			prefetch->state = NBDCOW_PREFETCH_FULL;
-		else if (!prefetch->inflight)
+		else if (prefetch->inflight == 1)
 			prefetch->state = NBDCOW_PREFETCH_DONE;
 	}
-	if (!prefetch->inflight)
-		wake_up_var(&prefetch->inflight);
+	prefetch_less(prefetch);
 	spin_unlock(&prefetch->lock);
 }
 
@@ -656,7 +693,8 @@ static void prefetch_work(struct work_struct *work)
 int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 			  unsigned int rate)
 {
-	u64 blocks = nbdcow_block(t->overlay->base_sectors);
+	u64 blocks = min_t(u64, nbdcow_block(t->overlay->base_sectors),
+			   NBDCOW_MAX_BLOCKS);
 	struct nbdcow_prefetch *prefetch = &t->prefetch;
 
 	block = min(block, blocks);
@@ -669,9 +707,11 @@ int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 	prefetch->next = block;
 	prefetch->end = block + min(count, blocks - block);
 	prefetch->rate = rate;
+	prefetch->not_before = jiffies;
 	prefetch->state = NBDCOW_PREFETCH_RUNNING;
 	spin_unlock(&prefetch->lock);
-	queue_delayed_work(nbdcow_wq, &prefetch->work, 0);
+	/* One that was stopped may have left a pause behind. */
+	mod_delayed_work(nbdcow_wq, &prefetch->work, 0);
 	return 0;
 }
 
@@ -710,10 +750,10 @@ void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause)
 		return;
 	}
 	wait_var_event(&prefetch->inflight, !READ_ONCE(prefetch->inflight));
-	cancel_delayed_work_sync(&prefetch->work);
 	/* The last one may still be unlocking. */
 	spin_lock(&prefetch->lock);
 	spin_unlock(&prefetch->lock);
+	cancel_delayed_work_sync(&prefetch->work);
 }
 
 /*
@@ -808,14 +848,20 @@ int nbdcow_base_add_hole(struct nbdcow_target *t, u64 block, u64 count)
 static void update_limit(struct nbdcow_base *base)
 {
 	unsigned long limit = NBDCOW_NO_LIMIT;
-	unsigned long now = atomic_long_read(&base->cached);
 	struct nbdcow_target *t;
+	unsigned long now;
 
 	list_for_each_entry(t, &base->targets, list)
 		limit = min(limit, READ_ONCE(t->cache_limit));
 	WRITE_ONCE(base->limit, limit);
-	if (now > limit)
-		atomic_long_add(evict(base, now - limit, false), &base->evicted);
+	while ((now = atomic_long_read(&base->cached)) > limit) {
+		now = evict(base, min_t(unsigned long, now - limit,
+					NBDCOW_FETCH_MAX), false);
+		if (!now)
+			break;
+		atomic_long_add(now, &base->evicted);
+		cond_resched();
+	}
 }
 
 /**

@@ -510,6 +510,9 @@ static struct page *know_base(struct nbdcow_target *t, struct nbdcow_piece *piec
 	piece->base_is_zero = piece->block * NBDCOW_BLOCK_SECTORS >=
 			      t->overlay->base_sectors ||
 			      nbdcow_base_hole(t->base, piece->block, 1, &run);
+	/* The base may have become longer than we take it for. */
+	if (piece->block >= nbdcow_block(t->overlay->base_sectors))
+		return NULL;
 	page = nbdcow_cache_find(t->base, piece->block);
 	if (page)
 		piece->base = nbdcow_cache_address(page, piece->block);
@@ -727,10 +730,10 @@ static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
 	if (queued) {
 		bio_list_add(&t->queued, bio);
 		t->nr_queued++;
+		/* Under the lock: without the bio the target may be gone. */
+		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 	}
 	spin_unlock_irqrestore(&t->queue_lock, flags);
-	if (queued)
-		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 	return queued;
 }
 
@@ -1178,8 +1181,8 @@ static int total_limit_set(const char *value, const struct kernel_param *kp)
 	} else if (end == text) {
 		return -EINVAL;
 	} else if (!strcmp(end, "%") && number <= 1000) {
-		blocks = ((u64)totalram_pages() << PAGE_SHIFT) / 100 * number >>
-			 NBDCOW_BLOCK_SHIFT;
+		blocks = div_u64((u64)totalram_pages() << PAGE_SHIFT, 100) *
+			 number >> NBDCOW_BLOCK_SHIFT;
 	} else if (!*end) {
 		blocks = number >> NBDCOW_BLOCK_SHIFT;
 	} else {

@@ -121,6 +121,7 @@ struct nbdcow_prefetch {
 	unsigned int rate;	/* most KiB a second, or 0; constant while it runs */
 	u64 first, end;		/* blocks; constant while it runs */
 	u64 next;		/* where to go on; the work's own */
+	unsigned long not_before; /* jiffies; likewise */
 	struct delayed_work work; /* begins reads */
 };
 

@@ -131,10 +131,12 @@ static void rmw_work(struct work_struct *work)
 	bio = bio_list_pop(&t->rmw_waiting);
 	idle = !--t->rmw_inflight && !bio;
 	spin_unlock(&t->rmw_lock);
-	if (bio)
+	if (bio) {
 		nbdcow_defer(t, bio);
-	else if (idle)
+	} else if (idle) {
+		smp_mb();	/* inflight before the look for who waits */
 		wake_up_var(&t->rmw_inflight);	/* t may be gone: only a key */
+	}
 }
 
 static struct nbdcow_rmw *rmw_alloc(struct nbdcow_target *t)

@@ -156,12 +156,19 @@ struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file, u64 bloc
 	if (!folio || xa_is_value(folio))
 		return NULL;
 	/* As filemap_get_folio() does, which copes with what is rare. */
-	if (unlikely(xa_is_internal(folio) || !folio_try_get(folio)))
-		return nbdcow_store_find(file, block);
-	if (unlikely(folio != xas_reload(xas))) {
-		folio_put(folio);
+	if (unlikely(xa_is_internal(folio) || !folio_try_get(folio))) {
+		xas_reset(xas);
 		return nbdcow_store_find(file, block);
 	}
+	if (unlikely(folio != xas_reload(xas) ||
+		     !folio_contains(folio, index))) {
+		folio_put(folio);
+		xas_reset(xas);
+		return nbdcow_store_find(file, block);
+	}
+	/* The walk stands at its first page, not at ours. */
+	if (unlikely(folio_test_large(folio)))
+		xas_reset(xas);
 	return usable_page(folio, index);
 }
 

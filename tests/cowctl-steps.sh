@@ -278,6 +278,11 @@ after_killed_remove()
 	nothing_left
 }
 
+connections()
+{
+	cat /sys/block/nbd*/pid 2>/dev/null | wc -l
+}
+
 # What was written is there, and one base, well connected.
 is_whole()
 {
