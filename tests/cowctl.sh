@@ -12,6 +12,8 @@ sanitized=$(dirname "$0")/../build/user/cowctl
 if [[ $(uname -r) != 6.1.* && -x $sanitized/cowctl ]] &&
 		[ -z "$(find "$(dirname "$0")/../tools" -newer "$sanitized/cowctl")" ]; then
 	PATH=$(realpath "$sanitized"):$PATH
+	# It looks for the plugin beside itself. With sanitizers nbdkit could not load it.
+	ln -sf "$(realpath "$sanitized/../../nbdkit-nbdcow-plugin.so")" "$sanitized"
 	echo '# with sanitizers'
 fi
 
