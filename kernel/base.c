@@ -135,13 +135,13 @@ struct page *nbdcow_cache_find(struct nbdcow_base *base, u64 block)
 	return page;
 }
 
-/* Drop @want blocks that were not used lately, or @all that there are. */
+/* Drop @want blocks that were not used lately; @all: of any, which is no eviction. */
 static unsigned long evict(struct nbdcow_base *base, unsigned long want, bool all)
 {
 	unsigned long chances = all ? 0 : NBDCOW_CHANCES, dropped = 0;
 	XA_STATE(xas, &base->blocks, 0);
+	struct page *page = NULL;
 	bool wrapped = false;
-	struct page *page;
 
 	xa_lock(&base->blocks);
 	xas_set(&xas, base->hand);
@@ -168,6 +168,8 @@ static unsigned long evict(struct nbdcow_base *base, unsigned long want, bool al
 	base->hand = page ? xas.xa_index + 1 : 0;
 	atomic_long_sub(dropped, &base->cached);
 	xa_unlock(&base->blocks);
+	if (!all)
+		atomic_long_add(dropped, &base->evicted);
 	return dropped;
 }
 
@@ -180,9 +182,7 @@ static bool reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
 	if (now <= limit)
 		return true;
 	if (replace && nr <= limit) {
-		now = evict(base, min_t(unsigned long, now - limit, 2 * nr),
-			    false);
-		atomic_long_add(now, &base->evicted);
+		evict(base, min_t(unsigned long, now - limit, 2 * nr), false);
 		now = atomic_long_read(&base->cached);
 		if (now <= limit)
 			return true;
@@ -249,15 +249,13 @@ static unsigned long shrinker_count(struct shrinker *shrinker,
 static unsigned long shrinker_scan(struct shrinker *shrinker,
 				   struct shrink_control *sc)
 {
-	unsigned long dropped, total = 0;
+	unsigned long total = 0;
 	struct nbdcow_base *base;
 
 	if (!mutex_trylock(&bases_mutex))
 		return SHRINK_STOP;
 	list_for_each_entry(base, &bases, list) {
-		dropped = evict(base, sc->nr_to_scan - total, false);
-		atomic_long_add(dropped, &base->evicted);
-		total += dropped;
+		total += evict(base, sc->nr_to_scan - total, false);
 		if (total >= sc->nr_to_scan) {
 			list_rotate_to_front(&base->list, &bases);
 			break;
@@ -420,10 +418,11 @@ static void fetch_work(struct work_struct *work)
  * Enter a fetch of up to @nr blocks that nobody else fetches; NULL when there
  * is no room or no memory, or when the first block is there by now.
  */
-static struct nbdcow_fetch *fetch_create(struct nbdcow_base *base, u64 first,
+static struct nbdcow_fetch *fetch_create(struct nbdcow_target *t, u64 first,
 					 unsigned int nr, gfp_t gfp,
 					 bool replace)
 {
+	struct nbdcow_base *base = t->base;
 	unsigned long limit = READ_ONCE(base->limit);
 	unsigned long cached = replace ? 0 : atomic_long_read(&base->cached);
 	struct nbdcow_fetch *fetch;
@@ -440,6 +439,7 @@ static struct nbdcow_fetch *fetch_create(struct nbdcow_base *base, u64 first,
 		return NULL;
 	}
 	fetch->base = base;
+	fetch->bdev = t->dev->bdev;
 	fetch->prefetch = NULL;
 	fetch->first = first;
 	bio_list_init(&fetch->bios);
@@ -541,7 +541,7 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 	if (nowait && (end - block) * NBDCOW_BLOCK_SECTORS - skip <
 		      bio_sectors(bio))
 		return -EAGAIN;
-	fetch = fetch_create(base, block, end - block,
+	fetch = fetch_create(t, block, end - block,
 			     nbdcow_gfp(nowait ? NBDCOW_NOWAIT : NBDCOW_MAP),
 			     true);
 	if (!fetch)
@@ -557,7 +557,6 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 		return -EAGAIN;
 	}
 	this_cpu_add(t->overlay->stats->misses, bio_sectors(bio));
-	fetch->bdev = t->dev->bdev;
 	fetch_read(fetch, nowait);
 	return DM_MAPIO_SUBMITTED;
 }
@@ -586,9 +585,10 @@ u64 nbdcow_cache_gap(struct nbdcow_base *base, u64 block, u64 max)
  */
 
 /* Enter a fetch of what comes next; NULL when nothing does, or nothing fits. */
-static struct nbdcow_fetch *prefetch_next(struct nbdcow_base *base,
-					  struct nbdcow_prefetch *prefetch)
+static struct nbdcow_fetch *prefetch_next(struct nbdcow_target *t)
 {
+	struct nbdcow_prefetch *prefetch = &t->prefetch;
+	struct nbdcow_base *base = t->base;
 	gfp_t gfp = nbdcow_gfp(NBDCOW_WORK);
 	struct nbdcow_fetch *fetch;
 	u64 run;
@@ -600,8 +600,7 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_base *base,
 		run = nbdcow_cache_gap(base, prefetch->next,
 				       min_t(u64, run, NBDCOW_FETCH_MAX));
 		if (run) {
-			fetch = fetch_create(base, prefetch->next, run, gfp,
-					     false);
+			fetch = fetch_create(t, prefetch->next, run, gfp, false);
 			if (fetch)
 				prefetch->next += fetch->nr;
 			else if (!xa_load(&base->blocks, prefetch->next))
@@ -613,13 +612,6 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_base *base,
 		cond_resched();
 	}
 	return NULL;
-}
-
-/* Let no read begin for some jiffies. */
-static void pause_prefetch(struct nbdcow_prefetch *prefetch, unsigned long pause)
-{
-	prefetch->not_before = jiffies + pause;
-	mod_delayed_work(nbdcow_wq, &prefetch->work, pause);
 }
 
 /* Is it too early for the next read? Then the work comes again. */
@@ -640,7 +632,6 @@ static void prefetch_work(struct work_struct *work)
 	struct nbdcow_target *t =
 		container_of(prefetch, struct nbdcow_target, prefetch);
 	struct nbdcow_fetch *fetch;
-	unsigned int nr;
 
 	for (;;) {
 		spin_lock(&prefetch->lock);
@@ -654,16 +645,14 @@ static void prefetch_work(struct work_struct *work)
 		prefetch->inflight++;
 		spin_unlock(&prefetch->lock);
 
-		fetch = prefetch_next(t->base, prefetch);
+		fetch = prefetch_next(t);
 		if (!fetch)
 			break;
 		fetch->prefetch = prefetch;
-		nr = fetch->nr;
-		fetch->bdev = t->dev->bdev;
-		fetch_read(fetch, 0);
 		if (prefetch->rate)
-			pause_prefetch(prefetch, nr * NBDCOW_BLOCK_BYTES / 1024 *
-						 HZ / prefetch->rate);
+			prefetch->not_before = jiffies + fetch->nr *
+				NBDCOW_BLOCK_BYTES / 1024 * HZ / prefetch->rate;
+		fetch_read(fetch, 0);
 	}
 
 	spin_lock(&prefetch->lock);
@@ -855,11 +844,9 @@ static void update_limit(struct nbdcow_base *base)
 		limit = min(limit, READ_ONCE(t->cache_limit));
 	WRITE_ONCE(base->limit, limit);
 	while ((now = atomic_long_read(&base->cached)) > limit) {
-		now = evict(base, min_t(unsigned long, now - limit,
-					NBDCOW_FETCH_MAX), false);
-		if (!now)
+		if (!evict(base, min_t(unsigned long, now - limit,
+				       NBDCOW_FETCH_MAX), false))
 			break;
-		atomic_long_add(now, &base->evicted);
 		cond_resched();
 	}
 }

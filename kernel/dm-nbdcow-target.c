@@ -905,7 +905,15 @@ static void nbdcow_dtr(struct dm_target *ti)
 	kfree(t);
 }
 
-static bool *find_flag(struct nbdcow_target *t, const char *name)
+/**
+ * nbdcow_find_flag() - find a feature that is on or off
+ * @t: the target
+ * @name: its name in a table line
+ *
+ * Context: any.
+ * Return: where it is kept, or NULL if there is no such feature.
+ */
+bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name)
 {
 	if (!strcasecmp(name, "cow_on_read"))
 		return &t->cow_on_read;
@@ -946,7 +954,7 @@ static int parse_features(struct dm_arg_set *as, struct nbdcow_target *t,
 	while (left) {
 		name = dm_shift_arg(as);
 		left--;
-		flag = find_flag(t, name);
+		flag = nbdcow_find_flag(t, name);
 		if (flag) {
 			*flag = true;
 			continue;

@@ -298,25 +298,14 @@ static int switch_argument(struct nbdcow_target *t, char **argv, bool *on)
 	return -EINVAL;
 }
 
-static int message_cow_on_read(struct nbdcow_target *t, unsigned int argc,
-			       char **argv, char *result, unsigned int maxlen)
+static int message_switch(struct nbdcow_target *t, unsigned int argc,
+			  char **argv, char *result, unsigned int maxlen)
 {
 	bool on;
 
 	if (switch_argument(t, argv, &on))
 		return -EINVAL;
-	WRITE_ONCE(t->cow_on_read, on);
-	return 0;
-}
-
-static int message_cow_on_cache(struct nbdcow_target *t, unsigned int argc,
-				char **argv, char *result, unsigned int maxlen)
-{
-	bool on;
-
-	if (switch_argument(t, argv, &on))
-		return -EINVAL;
-	WRITE_ONCE(t->cow_on_cache, on);
+	WRITE_ONCE(*nbdcow_find_flag(t, argv[0]), on);
 	return 0;
 }
 
@@ -453,8 +442,8 @@ static const struct {
 	{ "reset", 1, 1, message_reset },
 	{ "limit", 2, 2, message_limit },
 	{ "cache_limit", 2, 2, message_cache_limit },
-	{ "cow_on_read", 2, 2, message_cow_on_read },
-	{ "cow_on_cache", 2, 2, message_cow_on_cache },
+	{ "cow_on_read", 2, 2, message_switch },
+	{ "cow_on_cache", 2, 2, message_switch },
 	{ "queue_errors", 2, 2, message_queue_errors },
 	{ "drop_cache", 1, 1, message_drop_cache },
 	{ "prefetch", 2, 4, message_prefetch },

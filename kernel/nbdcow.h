@@ -191,6 +191,7 @@ void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
 			blk_status_t status);
 char nbdcow_extent(struct nbdcow_target *t, u64 block, u64 max, u64 *run);
 void nbdcow_queue_errors(struct nbdcow_target *t, bool on);
+bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name);
 void nbdcow_read_base(struct bio *bio);
 bool nbdcow_accept_async(struct bio *bio, unsigned int sectors);
 
