@@ -345,11 +345,10 @@ status_is()
 
 SWAPPED=/sys/fs/cgroup/test-swapped
 
-# make_swapped_cow NAME SECTORS BASE DEVICE: the kernel swaps to DEVICE; what
-# the overlay stores is all that is in a memory cgroup, $SWAPPED
-make_swapped_cow()
+# swap_to DEVICE: the kernel swaps there; makes a memory cgroup, $SWAPPED
+swap_to()
 {
-	local name=$1 sectors=$2 base=$3 swap=$4
+	local swap=$1
 
 	need mkswap swapon
 	[ -e /sys/fs/cgroup/cgroup.controllers ] || skip 'needs cgroup v2'
@@ -362,6 +361,15 @@ make_swapped_cow()
 	mkswap /dev/mapper/test-swap
 	swapon -p 30000 /dev/mapper/test-swap
 	undo swapoff /dev/mapper/test-swap
+}
+
+# make_swapped_cow NAME SECTORS BASE DEVICE: the kernel swaps to DEVICE; what
+# the overlay stores is all that is in $SWAPPED
+make_swapped_cow()
+{
+	local name=$1 sectors=$2 base=$3
+
+	swap_to "$4"
 	within_cgroup $SWAPPED dmsetup create "$name" --table "0 $sectors nbdcow $base"
 	undo dmsetup remove --retry "$name"
 }

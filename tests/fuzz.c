@@ -105,16 +105,22 @@ void print_replay(void)
 	printf("\n");
 }
 
+/* Leaves stdout locked. */
+static void tell(const char *fmt, va_list args)
+{
+	flockfile(stdout);
+	printf("# round %u: ", cfg.number);
+	vprintf(fmt, args);
+	printf("\n");
+}
+
 void die(const char *fmt, ...)
 {
 	va_list args;
 
-	flockfile(stdout);
-	printf("# round %u: ", cfg.number);
 	va_start(args, fmt);
-	vprintf(fmt, args);
+	tell(fmt, args);
 	va_end(args);
-	printf("\n");
 	print_replay();
 	fflush(stdout);
 	_exit(1);
@@ -137,12 +143,9 @@ void wrong(const char *fmt, ...)
 
 	if (!news())
 		return;
-	flockfile(stdout);
-	printf("# round %u: ", cfg.number);
 	va_start(args, fmt);
-	vprintf(fmt, args);
+	tell(fmt, args);
 	va_end(args);
-	printf("\n");
 	funlockfile(stdout);
 }
 

@@ -8,8 +8,6 @@
 
 . "$(dirname "$0")/common.sh"
 
-CGROUP=/sys/fs/cgroup/test-fuzz
-
 # The bases end within a block, shortly after a leaf of the map does: 64.25 MiB
 # and three sectors. The last is slow in half of what is used most, so that reads of
 # it overlap with what follows. /dev/ram1 is for swap.
@@ -70,25 +68,16 @@ swapped()
 {
 	local before
 
-	need mkswap swapon
-	[ -e /sys/fs/cgroup/cgroup.controllers ] || skip 'needs cgroup v2'
-	echo +memory >/sys/fs/cgroup/cgroup.subtree_control || skip 'needs the memory controller'
-	mkdir $CGROUP
-	undo rmdir $CGROUP
-	[ -e $CGROUP/memory.reclaim ] || skip 'needs memory.reclaim'
-	# older kernels would reach the RAM disk itself without any bio
-	make_dm test-swap '0 133120 linear /dev/ram1 0'
-	mkswap /dev/mapper/test-swap
-	swapon -p 30000 /dev/mapper/test-swap
-	undo swapoff /dev/mapper/test-swap
+	swap_to /dev/ram1
 	mkdir "$work/tmpfs"
 	mount -t tmpfs -o size=12m,huge=always none "$work/tmpfs" ||
 		mount -t tmpfs -o size=8m none "$work/tmpfs"
 	undo umount "$work/tmpfs"
 	before=$(swapped_in)
+	# only in a subshell can it be joined
 	(
-		echo $BASHPID >$CGROUP/cgroup.procs
-		play $((seconds / 4)) --tmpfs "$work/tmpfs" --cgroup $CGROUP
+		echo $BASHPID >$SWAPPED/cgroup.procs
+		play $((seconds / 4)) --tmpfs "$work/tmpfs" --cgroup $SWAPPED
 	)
 	[ "$(swapped_in)" -gt "$before" ] || fail 'nothing was swapped'
 }
