@@ -2,7 +2,6 @@
 /*
  * The commands that change a device while it is in use: set and rebase.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -181,27 +180,11 @@ int cmd_set(const struct args *args)
 
 #define SAMPLES	256
 
-/* Return: whether block device @upper is, or is made of, @lower. */
-static bool stands_on(dev_t upper, dev_t lower)
+/* Return: whether block device @upper is, or is made of, the one at @lower. */
+static bool stands_on(const char *name, dev_t upper, void *lower)
 {
-	char *path = xasprintf("/sys/dev/block/%u:%u/slaves", major(upper), minor(upper));
-	DIR *dir = opendir(path);
-	struct dirent *entry;
-	bool found = upper == lower;
-
-	while (dir && !found && (entry = readdir(dir))) {
-		char *file = xasprintf("%s/%s/dev", path, entry->d_name), text[24];
-		unsigned int maj, min;
-
-		found = entry->d_name[0] != '.' && !read_line(file, text, sizeof(text)) &&
-			sscanf(text, "%u:%u", &maj, &min) == 2 &&
-			stands_on(makedev(maj, min), lower);
-		free(file);
-	}
-	if (dir)
-		closedir(dir);
-	free(path);
-	return found;
+	(void)name;
+	return upper == *(dev_t *)lower || any_link(upper, "slaves", stands_on, lower);
 }
 
 /* Return: 0, -EILSEQ when the blocks differ, -EIO or -EREMOTEIO for old or new. */
@@ -270,11 +253,12 @@ static int check_same(const struct args *args, const struct cow *cow, const stru
 {
 	char *path = device_path(cow->table.major, cow->table.minor);
 	int old = open(path, O_RDONLY | O_CLOEXEC), err = 0;
+	dev_t self = makedev(cow->major, cow->minor);
 
 	*compared = 0;
 	if (old < 0 || ioctl(old, BLKGETSIZE64, old_bytes))
 		*old_bytes = 0;
-	if (stands_on(base->dev, makedev(cow->major, cow->minor)))
+	if (stands_on(NULL, base->dev, &self))
 		err = fail(-EBUSY, "base %s is %s itself, or made of it", base->text, args->name);
 	else if (base->bytes < *old_bytes)
 		err = fail(-EIO, "base %s has %" PRIu64 " bytes, fewer than the %" PRIu64

@@ -102,37 +102,35 @@ static char *mounted_on(dev_t dev)
 	return where;
 }
 
+struct holders {
+	int copies;
+	char *other;
+};
+
+static bool count_holder(const char *name, dev_t dev, void *arg)
+{
+	struct holders *holders = arg;
+	struct cow cow;
+
+	if (strncmp(name, "dm-", 3) || dm_find_number(major(dev), minor(dev), &cow) ||
+	    cow.state != COW_LIVE)
+		holders->other = xasprintf("%s", name);
+	else
+		holders->copies++;
+	return holders->other;
+}
+
 /*
  * Return: how many copies like ours @dev is the base of already; in *@other the
  * name of something else that holds it (to be freed), or NULL.
  */
 static int count_copies(dev_t dev, char **other)
 {
-	char *path = xasprintf("/sys/dev/block/%u:%u/holders", major(dev), minor(dev));
-	DIR *dir = opendir(path);
-	struct dirent *entry;
-	int copies = 0;
+	struct holders holders = { 0 };
 
-	*other = NULL;
-	while (dir && !*other && (entry = readdir(dir))) {
-		char *file = xasprintf("%s/%s/dev", path, entry->d_name), text[24];
-		unsigned int maj, min;
-		struct cow cow;
-
-		if (entry->d_name[0] != '.' && !read_line(file, text, sizeof(text)) &&
-		    sscanf(text, "%u:%u", &maj, &min) == 2) {
-			if (strncmp(entry->d_name, "dm-", 3) || dm_find_number(maj, min, &cow) ||
-			    cow.state != COW_LIVE)
-				*other = xasprintf("%s", entry->d_name);
-			else
-				copies++;
-		}
-		free(file);
-	}
-	if (dir)
-		closedir(dir);
-	free(path);
-	return copies;
+	any_link(dev, "holders", count_holder, &holders);
+	*other = holders.other;
+	return holders.copies;
 }
 
 /* A base must not change: refuse one that somebody may be writing to. */
@@ -286,14 +284,10 @@ int parse_on_base_error(const struct args *args, bool *queue)
 
 /* What a new device shall be like. */
 struct shape {
-	uint64_t limit_blocks;
-	uint64_t cache_limit_blocks;
+	struct cow_table table;		/* but for the base */
 	uint64_t bytes;			/* 0: that of the base */
 	const char *watched;		/* switches cow-on-read, or NULL */
 	bool round_up;
-	bool cow_on_read;
-	bool cow_on_cache;
-	bool queue_errors;
 	bool holes;
 	bool partitions;
 };
@@ -301,52 +295,27 @@ struct shape {
 static int parse_shape(const struct args *args, struct shape *shape)
 {
 	const char *round = args->value[KEY_ROUND];
+	struct cow_table *table = &shape->table;
 
 	if (round && strcmp(round, "up") && strcmp(round, "down"))
 		return fail(-EINVAL, "round=%s is neither up nor down", round);
 	shape->round_up = round && !strcmp(round, "up");
-	return parse_blocks(args, KEY_LIMIT, &shape->limit_blocks) ?:
+	return parse_blocks(args, KEY_LIMIT, &table->limit_blocks) ?:
 	       parse_bytes(args, KEY_SIZE, &shape->bytes) ?:
-	       parse_cow_on_read(args, &shape->cow_on_read, &shape->watched) ?:
-	       parse_flag(args, KEY_COW_ON_CACHE, false, &shape->cow_on_cache) ?:
-	       parse_blocks(args, KEY_CACHE_LIMIT, &shape->cache_limit_blocks) ?:
-	       parse_on_base_error(args, &shape->queue_errors) ?:
+	       parse_cow_on_read(args, &table->cow_on_read, &shape->watched) ?:
+	       parse_flag(args, KEY_COW_ON_CACHE, false, &table->cow_on_cache) ?:
+	       parse_blocks(args, KEY_CACHE_LIMIT, &table->cache_limit_blocks) ?:
+	       parse_on_base_error(args, &table->queue_errors) ?:
 	       parse_flag(args, KEY_HOLES, true, &shape->holes) ?:
 	       parse_flag(args, KEY_PARTITIONS, false, &shape->partitions);
-}
-
-/* A part of the table, and the number of its words in *@words; to be freed. */
-static char *limit_feature(const char *name, uint64_t blocks, int *words)
-{
-	if (blocks == NO_LIMIT)
-		return xasprintf("%s", "");
-	*words += 2;
-	return xasprintf(" %s %" PRIu64, name, blocks);
-}
-
-static char *table_line(const struct shape *shape, dev_t base)
-{
-	int words = shape->cow_on_read + shape->cow_on_cache + shape->queue_errors;
-	char *tmpfs = tmpfs_from_environment();
-	char *limit = limit_feature("limit", shape->limit_blocks, &words);
-	char *cache_limit = limit_feature("cache_limit", shape->cache_limit_blocks, &words);
-	char *line = xasprintf("%u:%u %d%s%s%s%s%s%s%s", major(base), minor(base),
-			       words + (tmpfs ? 2 : 0), limit, tmpfs ? " tmpfs " : "", tmpfs ?: "",
-			       shape->cow_on_read ? " cow_on_read" : "",
-			       shape->cow_on_cache ? " cow_on_cache" : "", cache_limit,
-			       shape->queue_errors ? " queue_errors" : "");
-
-	free(cache_limit);
-	free(limit);
-	free(tmpfs);
-	return line;
 }
 
 static int make_device(const struct args *args, const struct shape *shape,
 		       const struct base *base)
 {
 	uint64_t bytes = shape->bytes ? shape->bytes : base->bytes;
-	char *line;
+	struct cow_table table = shape->table;
+	char line[4 * PATH_MAX];
 	int err;
 
 	if (shape->round_up)
@@ -355,10 +324,13 @@ static int make_device(const struct args *args, const struct shape *shape,
 	if (!bytes)
 		return fail(-EINVAL, "%s would have no block of %d bytes; say round=up",
 			    args->name, BLOCK_BYTES);
-	line = table_line(shape, base->dev);
-	err = dm_create(args, bytes / SECTOR_BYTES, line);
-	free(line);
-	return err;
+	table.major = major(base->dev);
+	table.minor = minor(base->dev);
+	tmpfs_from_environment(table.tmpfs);
+	err = format_table(&table, line, sizeof(line));
+	if (err)
+		return fail(err, "the path of TMPDIR is too long");
+	return dm_create(args, bytes / SECTOR_BYTES, line);
 }
 
 /* What works for a device beside it, and the partitions. */

@@ -140,6 +140,7 @@ int parse_port(const char *text);
 int parse_range(const char *text, uint64_t *start, uint64_t *end);
 int parse_nbd_uri(const char *text, struct nbd_uri *uri);
 int parse_table(const char *params, struct cow_table *table);
+int format_table(const struct cow_table *table, char *line, size_t size);
 int parse_status(const char *params, struct cow_status *status);
 char *parse_mount(const char *line, unsigned int *major, unsigned int *minor);
 long parse_nbd_record(const char *text, struct nbd_link *link);
@@ -163,8 +164,11 @@ int exit_code(int err);
 char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int read_line(const char *path, char *buf, size_t size);
 int write_file(const char *path, const char *text);
-char *tmpfs_from_environment(void);
+void tmpfs_from_environment(char path[PATH_MAX]);
+bool any_link(dev_t dev, const char *kind,
+	      bool (*call)(const char *name, dev_t dev, void *arg), void *arg);
 void stop_signals(sigset_t *set);
+int open_stop_signals(void);
 bool interrupted(void);
 
 struct run {

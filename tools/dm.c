@@ -136,6 +136,28 @@ int dm_need_target(void)
 	return 0;
 }
 
+static struct dm_task *task_for_uuid(int type, const char *uuid)
+{
+	struct dm_task *task = task_new(type, NULL);
+
+	if (task && !dm_task_set_uuid(task, uuid)) {
+		dm_task_destroy(task);
+		task = NULL;
+	}
+	return task;
+}
+
+static struct dm_task *task_for_number(int type, unsigned int major, unsigned int minor)
+{
+	struct dm_task *task = task_new(type, NULL);
+
+	if (task && (!dm_task_set_major(task, major) || !dm_task_set_minor(task, minor))) {
+		dm_task_destroy(task);
+		task = NULL;
+	}
+	return task;
+}
+
 /* Runs a query that answers with one target. @params is valid until task_destroy. */
 static int query(int type, unsigned int major, unsigned int minor, struct dm_task **task,
 		 const char **target, char **params, uint64_t *sectors)
@@ -144,9 +166,7 @@ static int query(int type, unsigned int major, unsigned int minor, struct dm_tas
 	char *type_name = NULL;
 	int err;
 
-	*task = task_new(type, NULL);
-	if (*task && (!dm_task_set_major(*task, major) || !dm_task_set_minor(*task, minor)))
-		return -ENOMEM;
+	*task = task_for_number(type, major, minor);
 	err = task_run(*task);
 	if (err)
 		return err;
@@ -259,14 +279,10 @@ int dm_find(const char *mangled, struct cow *cow)
 
 int dm_find_number(unsigned int major, unsigned int minor, struct cow *cow)
 {
-	struct dm_task *task = task_new(DM_DEVICE_INFO, NULL);
+	struct dm_task *task = task_for_number(DM_DEVICE_INFO, major, minor);
+	int err = find(task, cow);
 	char number[24];
-	int err;
 
-	if (task && (!dm_task_set_major(task, major) || !dm_task_set_minor(task, minor)))
-		err = -ENOMEM;
-	else
-		err = find(task, cow);
 	if (task)
 		dm_task_destroy(task);
 	snprintf(number, sizeof(number), "%u:%u", major, minor);
@@ -399,19 +415,31 @@ int dm_remove(const struct args *args)
 	return err;
 }
 
-int dm_message(const struct args *args, const char *message)
+/* Sends a message with @task, which it frees; @answer may be NULL, else is to be freed. */
+static int send(struct dm_task *task, const char *message, char **answer)
 {
-	struct dm_task *task = task_new(DM_DEVICE_TARGET_MSG, args->mangled);
+	const char *text;
 	int err = -ENOMEM;
 
 	if (task && dm_task_set_sector(task, 0) && dm_task_set_message(task, message))
 		err = task_run(task);
+	if (!err && answer) {
+		text = dm_task_get_message_response(task);
+		*answer = text ? strdup(text) : NULL;
+		if (!*answer)
+			err = -ENODATA;
+	}
 	if (task)
 		dm_task_destroy(task);
-	if (err)
-		err = fail(err == -EINVAL ? -EIO : err, "the kernel refuses \"%s\" for %s: %s",
-			   message, args->name, strerror(-err));
 	return err;
+}
+
+int dm_message(const struct args *args, const char *message)
+{
+	int err = send(task_new(DM_DEVICE_TARGET_MSG, args->mangled), message, NULL);
+
+	return err ? fail(err == -EINVAL ? -EIO : err, "the kernel refuses \"%s\" for %s: %s",
+			  message, args->name, strerror(-err)) : 0;
 }
 
 /* The signal ends a system call, and is held back from then on, as it was before. */
@@ -505,28 +533,10 @@ int dm_reload(const struct cow *cow, uint64_t sectors, const char *params)
 	return err;
 }
 
-static struct dm_task *task_for_uuid(int type, const char *uuid)
-{
-	struct dm_task *task = task_new(type, NULL);
-
-	if (task && !dm_task_set_uuid(task, uuid)) {
-		dm_task_destroy(task);
-		task = NULL;
-	}
-	return task;
-}
-
 /* A message, in silence, to no other device than this one, whatever its name. */
 int dm_send(const char *uuid, const char *message)
 {
-	struct dm_task *task = task_for_uuid(DM_DEVICE_TARGET_MSG, uuid);
-	int err = -ENOMEM;
-
-	if (task && dm_task_set_sector(task, 0) && dm_task_set_message(task, message))
-		err = task_run(task);
-	if (task)
-		dm_task_destroy(task);
-	return err;
+	return send(task_for_uuid(DM_DEVICE_TARGET_MSG, uuid), message, NULL);
 }
 
 bool dm_exists(const char *uuid)
@@ -705,20 +715,6 @@ void dm_server_sweep(void)
 /* A message in silence to the device of this number, and its answer (to be freed). */
 int dm_ask(dev_t dev, const char *message, char **answer)
 {
-	struct dm_task *task = task_new(DM_DEVICE_TARGET_MSG, NULL);
-	const char *text;
-	int err = -ENOMEM;
-
-	if (task && dm_task_set_major(task, major(dev)) && dm_task_set_minor(task, minor(dev)) &&
-	    dm_task_set_sector(task, 0) && dm_task_set_message(task, message))
-		err = task_run(task);
-	if (!err && answer) {
-		text = dm_task_get_message_response(task);
-		*answer = text ? strdup(text) : NULL;
-		if (!*answer)
-			err = -ENODATA;
-	}
-	if (task)
-		dm_task_destroy(task);
-	return err;
+	return send(task_for_number(DM_DEVICE_TARGET_MSG, major(dev), minor(dev)), message,
+		    answer);
 }

@@ -50,15 +50,11 @@ static struct {
 	bool per_client;
 	bool per_export_name;
 	unsigned int max_clients;
-	uint64_t limit_blocks;
-	uint64_t cache_limit_blocks;
-	bool cow_on_read;
-	bool cow_on_cache;
+	struct cow_table table;		/* of all overlays */
 } config = {
 	.name = "cow",
 	.max_clients = MAX_CLIENTS,
-	.limit_blocks = NO_LIMIT,
-	.cache_limit_blocks = NO_LIMIT,
+	.table = { .limit_blocks = NO_LIMIT, .cache_limit_blocks = NO_LIMIT },
 };
 
 /* An overlay of the server's own. */
@@ -85,7 +81,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct overlay *overlays;	/* all there are */
 static unsigned int overlay_count;
 static unsigned int overlay_number;	/* the last one made */
-static char *params;			/* their table line */
+static char params[4 * PATH_MAX];	/* their table line */
 static uint64_t sectors;		/* their size */
 static int base_fd = -1;		/* keeps a loop device */
 
@@ -135,13 +131,13 @@ static int nbdcow_config(const char *key, const char *value)
 	if (!strcmp(key, "max-clients"))
 		return nbdkit_parse_unsigned(key, value, &config.max_clients);
 	if (!strcmp(key, "limit"))
-		return parse_blocks_of(key, value, &config.limit_blocks);
+		return parse_blocks_of(key, value, &config.table.limit_blocks);
 	if (!strcmp(key, "cache-limit"))
-		return parse_blocks_of(key, value, &config.cache_limit_blocks);
+		return parse_blocks_of(key, value, &config.table.cache_limit_blocks);
 	if (!strcmp(key, "cow-on-read"))
-		return parse_bool(value, &config.cow_on_read);
+		return parse_bool(value, &config.table.cow_on_read);
 	if (!strcmp(key, "cow-on-cache"))
-		return parse_bool(value, &config.cow_on_cache);
+		return parse_bool(value, &config.table.cow_on_cache);
 	nbdkit_error("unknown parameter %s", key);
 	return -1;
 }
@@ -201,7 +197,6 @@ static int open_base_device(void)
 /* The table line of all overlays, and their size. */
 static int make_table(void)
 {
-	char *limit = NULL, *cache = NULL, *tmpfs;
 	uint64_t bytes;
 	struct stat st;
 
@@ -214,20 +209,13 @@ static int make_table(void)
 		nbdkit_error("base %s has no block of %d bytes", config.base, BLOCK_BYTES);
 		return -1;
 	}
-	tmpfs = tmpfs_from_environment();
-	if (config.limit_blocks != NO_LIMIT)
-		limit = xasprintf(" limit %" PRIu64, config.limit_blocks);
-	if (config.cache_limit_blocks != NO_LIMIT)
-		cache = xasprintf(" cache_limit %" PRIu64, config.cache_limit_blocks);
-	params = xasprintf("%u:%u %d%s%s%s%s%s%s", major(st.st_rdev), minor(st.st_rdev),
-			   2 * !!limit + 2 * !!tmpfs + config.cow_on_read + config.cow_on_cache +
-			   2 * !!cache, limit ?: "",
-			   tmpfs ? " tmpfs " : "", tmpfs ?: "",
-			   config.cow_on_read ? " cow_on_read" : "",
-			   config.cow_on_cache ? " cow_on_cache" : "", cache ?: "");
-	free(limit);
-	free(cache);
-	free(tmpfs);
+	config.table.major = major(st.st_rdev);
+	config.table.minor = minor(st.st_rdev);
+	tmpfs_from_environment(config.table.tmpfs);
+	if (format_table(&config.table, params, sizeof(params))) {
+		nbdkit_error("the path of TMPDIR is too long");
+		return -1;
+	}
 	return 0;
 }
 
@@ -379,7 +367,6 @@ static void nbdcow_unload(void)
 		drop_overlay(overlays);
 	if (base_fd >= 0)
 		close(base_fd);
-	free(params);
 	free((char *)config.base);
 }
 
@@ -594,25 +581,12 @@ static void put_chunk(void *chunk)
 	free(chunk);
 }
 
-/* All of it. Return: 0 or an errno. */
-static int read_all(int fd, char *buf, size_t count, uint64_t offset)
+/* pread() or pwrite() for all of it. Return: 0 or an errno. */
+static int do_all(bool write, int fd, char *buf, size_t count, uint64_t offset)
 {
 	while (count) {
-		ssize_t n = pread(fd, buf, count, offset);
-
-		if (n <= 0)
-			return n ? errno : EIO;
-		buf += n;
-		count -= n;
-		offset += n;
-	}
-	return 0;
-}
-
-static int write_all(int fd, const char *buf, size_t count, uint64_t offset)
-{
-	while (count) {
-		ssize_t n = pwrite(fd, buf, count, offset);
+		ssize_t n = write ? pwrite(fd, buf, count, offset) :
+				    pread(fd, buf, count, offset);
 
 		if (n <= 0)
 			return n ? errno : EIO;
@@ -646,14 +620,14 @@ static int write_window(const struct handle *handle, const struct window *w, con
 	/* Two that write parts of one sector must not undo each other. */
 	if (!whole) {
 		pthread_mutex_lock(&edge_lock);
-		err = read_all(handle->fd, w->room, w->length, w->start);
+		err = do_all(false, handle->fd, w->room, w->length, w->start);
 	}
 	if (!err && buf)
 		memcpy(w->room + w->skip, buf, w->count);
 	else if (!err)
 		memset(w->room + w->skip, 0, w->count);
 	if (!err)
-		err = write_all(handle->fd, w->room, w->length, w->start);
+		err = do_all(true, handle->fd, w->room, w->length, w->start);
 	if (!whole)
 		pthread_mutex_unlock(&edge_lock);
 	return err;
@@ -661,7 +635,7 @@ static int write_window(const struct handle *handle, const struct window *w, con
 
 static int read_window(const struct handle *handle, const struct window *w, char *buf)
 {
-	int err = read_all(handle->fd, w->room, w->length, w->start);
+	int err = do_all(false, handle->fd, w->room, w->length, w->start);
 
 	if (!err)
 		memcpy(buf, w->room + w->skip, w->count);

@@ -340,6 +340,36 @@ int percent_encode(const char *text, char *out, size_t size)
 	return 0;
 }
 
+/* Return: of how many words it consists. */
+static int format_limit(char word[48], const char *name, uint64_t blocks)
+{
+	if (blocks == NO_LIMIT)
+		return 0;
+	snprintf(word, 48, " %s %" PRIu64, name, blocks);
+	return 2;
+}
+
+/* The table line that parse_table() reads. Return: 0, or -ENAMETOOLONG. */
+int format_table(const struct cow_table *table, char *line, size_t size)
+{
+	char limit[48] = "", cache_limit[48] = "", tmpfs[3 * PATH_MAX] = "";
+	int words = table->cow_on_read + table->cow_on_cache + table->queue_errors;
+
+	words += format_limit(limit, "limit", table->limit_blocks);
+	words += format_limit(cache_limit, "cache_limit", table->cache_limit_blocks);
+	if (table->tmpfs[0]) {
+		words += 2;
+		if (percent_encode(table->tmpfs, tmpfs, sizeof(tmpfs)))
+			return -ENAMETOOLONG;
+	}
+	return (size_t)snprintf(line, size, "%u:%u %d%s%s%s%s%s%s%s", table->major,
+				table->minor, words, limit, tmpfs[0] ? " tmpfs " : "", tmpfs,
+				table->cow_on_read ? " cow_on_read" : "",
+				table->cow_on_cache ? " cow_on_cache" : "", cache_limit,
+				table->queue_errors ? " queue_errors" : "") < size ?
+	       0 : -ENAMETOOLONG;
+}
+
 /* Features this version does not know are those of a newer module: skipped. */
 int parse_table(const char *params, struct cow_table *table)
 {

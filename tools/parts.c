@@ -3,56 +3,50 @@
  * Devices for the partitions of a device, made by kpartx as NAMEp1 and so on.
  * Device-mapper knows them by the UUID of the device they are a part of.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sysmacros.h>
 
 #include "cowctl.h"
 
 #define TIMEOUT_MS	60000
 
-/* Return: whether the mapped device in this directory is a partition of @uuid's. */
-static bool is_part(const char *dir, const char *uuid)
-{
-	char *file = xasprintf("%s/dm/uuid", dir), text[2 * NAME_BYTES];
-	int used = 0;
-	bool part = !read_line(file, text, sizeof(text)) &&
-		    !sscanf(text, "part%*u-%n", &used) && used && !strcmp(text + used, uuid);
+struct search {
+	const char *uuid;
+	struct part *parts;
+	int n;
+};
 
+static bool add_part(const char *name, dev_t dev, void *arg)
+{
+	char *file = xasprintf("/sys/dev/block/%u:%u/dm/uuid", major(dev), minor(dev));
+	char text[2 * NAME_BYTES];
+	struct search *search = arg;
+	struct part *more = NULL;
+	int used = 0;
+
+	(void)name;
+	if (!read_line(file, text, sizeof(text)) && !sscanf(text, "part%*u-%n", &used) &&
+	    used && !strcmp(text + used, search->uuid))
+		more = realloc(search->parts, (search->n + 1) * sizeof(*more));
+	if (more) {
+		more[search->n++] = (struct part){ .major = major(dev), .minor = minor(dev) };
+		search->parts = more;
+	}
 	free(file);
-	return part;
+	return false;
 }
 
 /* Return: how many partitions have devices, in *@parts (to be freed). */
 int parts_find(const struct cow *cow, struct part **parts)
 {
-	char *path = xasprintf("/sys/dev/block/%u:%u/holders", cow->major, cow->minor);
-	DIR *dir = opendir(path);
-	struct dirent *entry;
-	int n = 0;
+	struct search search = { .uuid = cow->uuid };
 
-	*parts = NULL;
-	while (dir && (entry = readdir(dir))) {
-		char *holder = xasprintf("%s/%s", path, entry->d_name);
-		char *file = xasprintf("%s/dev", holder), text[24];
-		struct part part, *more = NULL;
-
-		if (is_part(holder, cow->uuid) && !read_line(file, text, sizeof(text)) &&
-		    sscanf(text, "%u:%u", &part.major, &part.minor) == 2)
-			more = realloc(*parts, (n + 1) * sizeof(part));
-		if (more) {
-			more[n++] = part;
-			*parts = more;
-		}
-		free(file);
-		free(holder);
-	}
-	if (dir)
-		closedir(dir);
-	free(path);
-	return n;
+	any_link(makedev(cow->major, cow->minor), "holders", add_part, &search);
+	*parts = search.parts;
+	return search.n;
 }
 
 static int kpartx(const char *what, const char *path, bool finish)

@@ -9,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -100,12 +99,9 @@ static int result(const struct args *args, const struct cow *cow)
 static int watch(const struct args *args, struct cow *cow)
 {
 	char uuid[sizeof(cow->uuid)];
-	int shown = -1, signals, err;
-	sigset_t set;
+	int shown = -1, signals = open_stop_signals(), err;
 
 	memcpy(uuid, cow->uuid, sizeof(uuid));
-	stop_signals(&set);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
 	for (;;) {
 		struct pollfd signal = { .fd = signals, .events = POLLIN };
 

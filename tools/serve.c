@@ -7,7 +7,6 @@
  * killed serve can leave, an NBD connection and files in the run directory, is
  * known by the name with "~serve" behind it, and the next one clears it away.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -124,9 +123,9 @@ static void __attribute__((noreturn)) become_nbdkit(const struct server *server,
 static int spawn(struct server *server)
 {
 	const struct args *args = server->args;
-	char *argv[32 + PASSED_ON], *words[PASSED_ON + 3];
-	char *pid_file = run_path(server->slot, "pid");
-	size_t n = 0, w = 0;
+	char *base = device_path(major(server->base.dev), minor(server->base.dev));
+	char *pid_file = run_path(server->slot, "pid"), *argv[32 + PASSED_ON];
+	size_t n = 0, words;
 
 	argv[n++] = "nbdkit";
 	argv[n++] = "--foreground";
@@ -143,26 +142,23 @@ static int spawn(struct server *server)
 		argv[n++] = (char *)server->listen.port;
 	}
 	argv[n++] = server->plugin;
-	words[w++] = xasprintf("name=%s", args->name);
-	words[w++] = device_path(major(server->base.dev), minor(server->base.dev));
-	words[w] = xasprintf("base=%s", words[w - 1]);
-	w++;
+	words = n;
+	argv[n++] = xasprintf("name=%s", args->name);
+	argv[n++] = xasprintf("base=%s", base);
 	for (size_t i = 0; i < PASSED_ON; i++)
 		if (args->value[passed_on[i]])
-			words[w++] = xasprintf("%s=%s", key_name(passed_on[i]),
-					       args->value[passed_on[i]]);
-	for (size_t i = 0; i < w; i++)
-		if (i != 1)
-			argv[n++] = words[i];
+			argv[n++] = xasprintf("%s=%s", key_name(passed_on[i]),
+					      args->value[passed_on[i]]);
 	argv[n] = NULL;
 	server->pid = fork();
 	if (!server->pid)
 		become_nbdkit(server, argv);
 	if (server->pid > 0)
 		server->pid_fd = pidfd_open(server->pid, 0);
-	for (size_t i = 0; i < w; i++)
-		free(words[i]);
+	while (n > words)
+		free(argv[--n]);
 	free(pid_file);
+	free(base);
 	return server->pid < 0 ? fail(-errno, "cannot start nbdkit: %m") : 0;
 }
 
@@ -219,14 +215,13 @@ static void stop(struct server *server)
 /* Until it ends, which is a failure, or a signal asks us to. */
 static int wait_for_end(struct server *server)
 {
-	struct pollfd fds[2] = { { .fd = server->pid_fd, .events = POLLIN } };
+	int signals = open_stop_signals(), err = 0;
+	struct pollfd fds[] = {
+		{ .fd = server->pid_fd, .events = POLLIN },
+		{ .fd = signals, .events = POLLIN },
+	};
 	struct signalfd_siginfo info;
-	int err = 0, signals;
-	sigset_t set;
 
-	stop_signals(&set);
-	signals = signalfd(-1, &set, SFD_CLOEXEC);
-	fds[1] = (struct pollfd){ .fd = signals, .events = POLLIN };
 	while (!fds[0].revents && !fds[1].revents)
 		poll(fds, 2, -1);
 	if (!fds[1].revents)
@@ -240,24 +235,10 @@ static int wait_for_end(struct server *server)
 /* The kernel removes the overlays of a server that was killed a little later. */
 static void wait_for_base(const struct base *base)
 {
-	char *path = xasprintf("/sys/dev/block/%u:%u/holders", major(base->dev),
-			       minor(base->dev));
 	int64_t deadline = now_ms() + STOP_MS;
-	bool used = true;
 
-	while (used && now_ms() < deadline) {
-		DIR *dir = opendir(path);
-		struct dirent *entry;
-
-		used = false;
-		while (dir && !used && (entry = readdir(dir)))
-			used = entry->d_name[0] != '.';
-		if (dir)
-			closedir(dir);
-		if (used)
-			poll(NULL, 0, PROBE_MS);
-	}
-	free(path);
+	while (any_link(base->dev, "holders", NULL, NULL) && now_ms() < deadline)
+		poll(NULL, 0, PROBE_MS);
 }
 
 static int serve(struct server *server)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* What every layer needs: messages, small files, and programs run with a deadline. */
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
@@ -14,6 +15,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/statfs.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -137,25 +139,51 @@ int write_file(const char *path, const char *text)
 	return err;
 }
 
-/* TMPDIR where it names a tmpfs, as a word of the table; otherwise NULL. */
-char *tmpfs_from_environment(void)
+/* TMPDIR where it names a tmpfs; otherwise nothing. */
+void tmpfs_from_environment(char path[PATH_MAX])
 {
 	const char *dir = getenv("TMPDIR");
-	char *full, word[3 * PATH_MAX];
 	struct statfs fs;
+	char *full;
 
+	path[0] = '\0';
 	if (!dir || !*dir)
-		return NULL;
+		return;
 	full = realpath(dir, NULL);
-	if (!full || statfs(full, &fs) || fs.f_type != TMPFS_MAGIC ||
-	    percent_encode(full, word, sizeof(word))) {
+	if (full && !statfs(full, &fs) && fs.f_type == TMPFS_MAGIC)
+		snprintf(path, PATH_MAX, "%s", full);
+	else
 		warn("TMPDIR=%s is not on a tmpfs; what is written stays in memory, but not there",
 		     dir);
-		free(full);
-		return NULL;
-	}
 	free(full);
-	return xasprintf("%s", word);
+}
+
+/*
+ * Calls @call for every block device that stands on @dev ("holders"), or that it
+ * stands on ("slaves"), until it returns true. Return: whether it did, or without
+ * @call whether there is any.
+ */
+bool any_link(dev_t dev, const char *kind,
+	      bool (*call)(const char *name, dev_t dev, void *arg), void *arg)
+{
+	char *path = xasprintf("/sys/dev/block/%u:%u/%s", major(dev), minor(dev), kind);
+	DIR *dir = opendir(path);
+	struct dirent *entry;
+	bool found = false;
+
+	while (dir && !found && (entry = readdir(dir))) {
+		char *file = xasprintf("%s/%s/dev", path, entry->d_name), text[24];
+		unsigned int maj, min;
+
+		if (entry->d_name[0] != '.' && !read_line(file, text, sizeof(text)) &&
+		    sscanf(text, "%u:%u", &maj, &min) == 2)
+			found = !call || call(entry->d_name, makedev(maj, min), arg);
+		free(file);
+	}
+	if (dir)
+		closedir(dir);
+	free(path);
+	return found;
 }
 
 /* The signals that ask us to stop. */
@@ -165,6 +193,15 @@ void stop_signals(sigset_t *set)
 	sigaddset(set, SIGINT);
 	sigaddset(set, SIGTERM);
 	sigaddset(set, SIGHUP);
+}
+
+/* Return: a descriptor that polls readable when one of them is pending, or -1. */
+int open_stop_signals(void)
+{
+	sigset_t set;
+
+	stop_signals(&set);
+	return signalfd(-1, &set, SFD_CLOEXEC);
 }
 
 /*
@@ -219,12 +256,9 @@ static void __attribute__((noreturn)) run_child(const struct run *run, int err_f
 static int run_wait(struct run *run, int pid_fd, int err_fd)
 {
 	int64_t end = now_ms() + run->timeout_ms;
+	int signals = run->finish ? -1 : open_stop_signals(), err = 0;
 	char text[4096];
-	sigset_t set;
-	int err = 0, signals;
 
-	stop_signals(&set);
-	signals = run->finish ? -1 : signalfd(-1, &set, SFD_CLOEXEC);
 	for (;;) {
 		struct pollfd fds[] = {
 			{ .fd = pid_fd, .events = POLLIN },

@@ -329,6 +329,9 @@ static void test_tables(void)
 		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs %", "43:0 2 tmpfs /%0g",
 		"43:0 2 tmpfs /%00", "43:0 2 cache_limit", "43:0 2 cache_limit x",
 	};
+	static const char all[] =
+		"259:1048575 9 limit 1048576 tmpfs /a%20b cow_on_read cow_on_cache cache_limit 9 queue_errors";
+	char line[sizeof(all)];
 	struct cow_table table;
 
 	EXPECT(!parse_table("43:0 0", &table), "no features");
@@ -342,6 +345,9 @@ static void test_tables(void)
 	       "features of the cache");
 	EXPECT(table.cow_on_read && table.cow_on_cache && table.queue_errors, "flags");
 	EXPECT(table.cache_limit_blocks == 9 && table.limit_blocks == NO_LIMIT, "cache_limit");
+	EXPECT(!parse_table(all, &table), "a line to be put together");
+	EXPECT(!format_table(&table, line, sizeof(line)) && !strcmp(line, all), "the same line");
+	EXPECT(format_table(&table, line, sizeof(line) - 1) < 0, "no room for the line");
 	EXPECT(!parse_table("43:0 3 later limit 1", &table), "features of a later version");
 	EXPECT(table.limit_blocks == 1, "features of a later version");
 	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
