@@ -19,17 +19,26 @@ struct search {
 	int n;
 };
 
+/* Return: whether @uuid is "part<number>-" and then @whole. */
+static bool is_part(const char *uuid, const char *whole)
+{
+	const char *end;
+
+	if (strncmp(uuid, "part", 4))
+		return false;
+	end = uuid + 4 + strspn(uuid + 4, "0123456789");
+	return end > uuid + 4 && *end == '-' && !strcmp(end + 1, whole);
+}
+
 static bool add_part(const char *name, dev_t dev, void *arg)
 {
 	char *file = xasprintf("/sys/dev/block/%u:%u/dm/uuid", major(dev), minor(dev));
 	char text[2 * NAME_BYTES];
 	struct search *search = arg;
 	struct part *more = NULL;
-	int used = 0;
 
 	(void)name;
-	if (!read_line(file, text, sizeof(text)) && !sscanf(text, "part%*u-%n", &used) &&
-	    used && !strcmp(text + used, search->uuid))
+	if (!read_line(file, text, sizeof(text)) && is_part(text, search->uuid))
 		more = realloc(search->parts, (search->n + 1) * sizeof(*more));
 	if (more) {
 		more[search->n++] = (struct part){ .major = major(dev), .minor = minor(dev) };

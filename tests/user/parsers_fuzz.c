@@ -185,12 +185,13 @@ static void try_uri(char *text)
 static void try_table(char *text)
 {
 	struct cow_table table, again;
-	char line[4 * PATH_MAX];
+	char line[4 * PATH_MAX], same[4 * PATH_MAX];
 
 	if (parse_table(text, &table))
 		return;
 	CHECK(!format_table(&table, line, sizeof(line)));
-	CHECK(!parse_table(line, &again) && !memcmp(&table, &again, sizeof(table)));
+	CHECK(!parse_table(line, &again) && !format_table(&again, same, sizeof(same)));
+	CHECK(!strcmp(line, same) && !strcmp(table.tmpfs, again.tmpfs));
 	CHECK_ENDS(table.tmpfs);
 	CHECK(table.limit_blocks == NO_LIMIT || strstr(text, "limit"));
 }
