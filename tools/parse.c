@@ -374,14 +374,18 @@ int format_table(const struct cow_table *table, char *line, size_t size)
 int parse_table(const char *params, struct cow_table *table)
 {
 	char word[3 * PATH_MAX];
-	int used = 0, err;
+	uint64_t major, minor;
+	const char *s = word;
+	int err;
 
 	memset(table, 0, sizeof(*table));
 	table->limit_blocks = NO_LIMIT;
 	table->cache_limit_blocks = NO_LIMIT;
-	if (next_word(&params, word, sizeof(word)) <= 0 ||
-	    sscanf(word, "%9u:%9u%n", &table->major, &table->minor, &used) != 2 || word[used])
+	if (next_word(&params, word, sizeof(word)) <= 0 || parse_digits(&s, &major) ||
+	    *s++ != ':' || parse_digits(&s, &minor) || *s || major > UINT_MAX || minor > UINT_MAX)
 		return -EINVAL;
+	table->major = major;
+	table->minor = minor;
 	while ((err = next_word(&params, word, sizeof(word))) > 0) {
 		if (!strcmp(word, "limit")) {
 			err = next_number(&params, &table->limit_blocks);

@@ -325,7 +325,7 @@ static void test_quoting(void)
 static void test_tables(void)
 {
 	static const char *const bad[] = {
-		"", "43", "43:", "43:0x", ":0", "/dev/nbd0 0", "43:0 2 limit", "43:0 2 limit x",
+		"", "43", "43:", "43:0x", "43:-1", "43:4294967296", ":0", "/dev/nbd0 0", "43:0 2 limit", "43:0 2 limit x",
 		"43:0 2 limit -1", "43:0 1 tmpfs", "43:0 2 tmpfs %", "43:0 2 tmpfs /%0g",
 		"43:0 2 tmpfs /%00", "43:0 2 cache_limit", "43:0 2 cache_limit x",
 	};
