@@ -25,13 +25,6 @@ client()
 	nbdsh -u "$uri" -c 'h.set_strict_mode(0)' -c "$1"
 }
 
-# map: of the export, as "OFFSET LENGTH TYPE" lines in one
-map()
-{
-	nbdinfo --map "$uri" | sed 's/\x1b\[[0-9;]*m//g' |
-		awk '{ printf "%s%d+%d:%d", s, $1, $2, $3; s = " " }'
-}
-
 # cached: blocks in the cache of the base
 cached()
 {
@@ -79,7 +72,7 @@ h2.block_status(4096, 16 << 20, show, nbd.CMD_FLAG_REQ_ONE)
 h2.block_status(512, (64 << 20) + 4096 - 512, show)' >"$work/out"
 	undo rm -f "$work/out"
 	is 'block status' "$(tr '\n' ' ' <"$work/out")" \
-		"16776704 [512, 0, 131072, 3, 917504, 0] 16777216 [4096, 3] 67112448 [512, 0] "
+		"16776704 [512, 0, 131072, 3, 916992, 0] 16777216 [4096, 3] 67112448 [512, 0] "
 	cowctl reset test-cow force=true
 	is 'after a reset' "$(map)" \
 		'0+16777216:0 16777216+131072:3 16908288+50200576:0 67108864+1048576:3'
@@ -132,6 +125,37 @@ open("'"$work"'/want", "wb").write(want[:-512] + bytes(512))'
 	undo rm -f "$work/want"
 	# others, who use the page cache, see it too
 	cmp "$work/want" /dev/mapper/test-cow
+}
+
+# Of a sparse base nothing is read but its data, and the copy is as sparse.
+# SPARSE_MIB tells how much data there is.
+sparse_copy()
+{
+	local mib=${SPARSE_MIB:-64} dev before start bytes end
+
+	need nbdkit nbd-client nbdinfo nbdcopy
+	begin make_file sparse.img 102400M
+	dd if=/dev/urandom of="$work/sparse.img" bs=1M seek=50000 count="$mib" conv=notrunc \
+		status=none
+	undo rm -f "$work"/{socket,socket.pid,out}
+	start_nbdkit "$work/socket" file "$work/sparse.img"
+	undo sweep
+	cowctl create test-cow base="nbd+unix:///?socket=$work/socket"
+	wait_until 30 idle
+	cowctl export test-cow server=nbdcow
+	uri="nbd+unix:///?socket=$run_dir/test-cow.sock"
+	start=$((50000 << 20)) bytes=$((mib << 20)) end=$(((50000 + mib) << 20))
+	is 'the map' "$(map)" \
+		"0+$start:3 $start+$bytes:0 $end+$(((102400 << 20) - end)):3"
+	dev=$(member base_device test-cow)
+	before=$(sectors_read "$dev")
+	nbdcopy "$uri" null:
+	is 'sectors read' $(($(sectors_read "$dev") - before)) $((mib * 2048))
+	nbdcopy "$uri" "$work/out"
+	is 'the size of the copy' "$(stat -c %s "$work/out")" $((102400 << 20))
+	between 'what is allocated of it in KiB' "$(du -k "$work/out" | cut -f 1)" \
+		$((mib << 10)) $(((mib << 10) + 64))
+	cmp -i "$start" -n "$bytes" "$work/sparse.img" "$work/out"
 }
 
 # A device that ends within a block, and within a page.
@@ -330,6 +354,7 @@ run_tests \
 	extents 'extents before and after trims, writes and a reset' \
 	many_extents 'more extents than the kernel tells at once' \
 	odd_requests 'requests of any size and alignment' \
+	sparse_copy 'a sparse base is copied as such' \
 	odd_sizes 'a device that ends within a block' \
 	zeroes 'zeroes: fast ones, and those that must not be holes' \
 	no_space 'a full overlay, told to the one who writes' \

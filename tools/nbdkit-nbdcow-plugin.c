@@ -791,8 +791,9 @@ static int add_extents(const struct handle *handle, uint64_t offset, uint64_t en
 			break;
 		answer += used;
 		stop = start + blocks * BLOCK_BYTES;
-		if (stop > handle->bytes)
-			stop = handle->bytes;
+		/* Of 4 GiB and more nbdkit would tell a length that is no multiple. */
+		if (stop > end)
+			stop = end;
 		if (stop > offset) {
 			if (nbdkit_add_extent(extents, offset, stop - offset, type))
 				return -1;
