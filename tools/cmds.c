@@ -377,7 +377,7 @@ static int add_services(const struct args *args, const struct shape *shape,
 	if (!err && shape->partitions)
 		err = parts_map(cow.path);
 	if (!err && holes)
-		holes_start(&cow, base->text, base->bytes);
+		holes_start(cow.mangled, cow.uuid, base->text, base->bytes);
 	return err;
 }
 

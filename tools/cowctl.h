@@ -265,7 +265,7 @@ void watch_stop(const char *mangled);
 
 /* holes.c */
 
-void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes);
+void holes_start(const char *mangled, const char *uuid, const char *text, uint64_t base_bytes);
 void holes_stop(const char *mangled);
 
 /* export.c */
