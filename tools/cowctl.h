@@ -117,6 +117,7 @@ struct cow_status {
 	uint64_t prefetch_done;		/* in blocks */
 	uint64_t prefetch_total;
 	uint64_t queued;
+	uint64_t base_size_sectors;	/* when the copy was made */
 };
 
 /* A connection to an NBD server. */
