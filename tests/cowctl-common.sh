@@ -55,10 +55,10 @@ sectors_read()
 	echo "${stat[2]}"
 }
 
-# map: of the export at $uri, as OFFSET+LENGTH:TYPE in one line
+# map URI: of an export, as OFFSET+LENGTH:TYPE in one line
 map()
 {
-	nbdinfo --map "$uri" | sed 's/\x1b\[[0-9;]*m//g' |
+	nbdinfo --map "$1" | sed 's/\x1b\[[0-9;]*m//g' |
 		awk '{ printf "%s%s+%s:%s", s, $1, $2, $3; s = " " }'
 }
 

@@ -49,7 +49,7 @@ extents()
 	local want
 
 	begin_export 65536 size=65M
-	is 'past the base there is nothing' "$(map)" '0+67108864:0 67108864+1048576:3'
+	is 'past the base there is nothing' "$(map "$uri")" '0+67108864:0 67108864+1048576:3'
 	client '
 h.trim(1 << 20, 4 << 20)
 h.pwrite(b"A" * 8192, (4 << 20) + 65536)
@@ -57,7 +57,7 @@ h.trim(9000, (8 << 20) + 100)
 h.pwrite(b"A" * 4096, 64 << 20)'
 	want='0+4194304:0 4194304+65536:3 4259840+8192:0 4268032+974848:3 5242880+3149824:0 '
 	want+='8392704+4096:3 8396800+58716160:0 67112960+1044480:3'
-	is 'the map' "$(map)" "$want"
+	is 'the map' "$(map "$uri")" "$want"
 	# of the overlay and of the base is not told apart, nor are the two kinds of holes
 	dmsetup message test-cow 0 holes 4096 16 4112 16
 	client '
@@ -74,7 +74,7 @@ h2.block_status(512, (64 << 20) + 4096 - 512, show)' >"$work/out"
 	is 'block status' "$(tr '\n' ' ' <"$work/out")" \
 		"16776704 [512, 0, 131072, 3, 916992, 0] 16777216 [4096, 3] 67112448 [512, 0] "
 	cowctl reset test-cow force=true
-	is 'after a reset' "$(map)" \
+	is 'after a reset' "$(map "$uri")" \
 		'0+16777216:0 16777216+131072:3 16908288+50200576:0 67108864+1048576:3'
 }
 
@@ -86,7 +86,7 @@ many_extents()
 	client '
 for block in range(0, 8192, 2):
     h.trim(4096, block * 4096)'
-	is 'the number of runs' "$(map | wc -w)" 8192
+	is 'the number of runs' "$(map "$uri" | wc -w)" 8192
 	is 'the holes' "$(nbdinfo --map --totals "$uri" | sed 's/\x1b\[[0-9;]*m//g' |
 		awk '$3 == 3 || $2 == "25.0%" { print $1 }' | head -n 1)" $((4096 * 4096))
 }
@@ -145,7 +145,7 @@ sparse_copy()
 	cowctl export test-cow server=nbdcow
 	uri="nbd+unix:///?socket=$run_dir/test-cow.sock"
 	start=$((50000 << 20)) bytes=$((mib << 20)) end=$(((50000 + mib) << 20))
-	is 'the map' "$(map)" \
+	is 'the map' "$(map "$uri")" \
 		"0+$start:3 $start+$bytes:0 $end+$(((102400 << 20) - end)):3"
 	dev=$(member base_device test-cow)
 	before=$(sectors_read "$dev")
@@ -167,7 +167,7 @@ odd_sizes()
 	cowctl export test-cow server=nbdcow
 	undo cowctl unexport test-cow
 	uri="nbd+unix:///?socket=$run_dir/test-cow.sock"
-	is 'the map' "$(map)" '0+1046016:0'
+	is 'the map' "$(map "$uri")" '0+1046016:0'
 	client '
 size = h.get_size()
 assert size == 2043 * 512, size
@@ -179,7 +179,7 @@ assert h.pread(size - last, last) == bytes(size - last)
 h.trim(last, 0)
 assert h.pread(4096, 0) == bytes(4096)'
 	# the last block is not a whole one: what was written to it stays
-	is 'the map' "$(map)" '0+1044480:3 1044480+1536:0'
+	is 'the map' "$(map "$uri")" '0+1044480:3 1044480+1536:0'
 }
 
 zeroes()
@@ -196,7 +196,7 @@ except nbd.Error as e:
     assert e.errno == "ENOTSUP", e
 assert h.pread(3 << 20, 0) == bytes(3 << 20)
 assert h.pread(4096, 3 << 20) != bytes(4096)'
-	is 'holes, but not where none is wanted' "$(map)" '0+2097152:3 2097152+14680064:0'
+	is 'holes, but not where none is wanted' "$(map "$uri")" '0+2097152:3 2097152+14680064:0'
 	is 'used' "$(member used test-cow)" 1048576
 }
 
@@ -279,7 +279,7 @@ b.connect_uri("'"$uri"'")
 assert b.get_size() == 8 << 20
 assert b.pread(512, 0) == b"A" * 512 and b.pread(4096, 6 << 20) == bytes(4096)
 b.pwrite(b"B" * 512, 6 << 20)'
-	is 'the map' "$(map)" '0+4194304:0 4194304+2097152:3 6291456+4096:0 6295552+2093056:3'
+	is 'the map' "$(map "$uri")" '0+4194304:0 4194304+2097152:3 6291456+4096:0 6295552+2093056:3'
 }
 
 # nbdkit by hand

@@ -338,12 +338,12 @@ holes()
 	undo rm -f "$work"/{nbd,nbd.pid}
 	start_nbdkit "$work/nbd" file "$work/sparse.img"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
-	is 'the map' "$(map)" "$want"
+	is 'the map' "$(map "$uri")" "$want"
 	wait_until 20 overlays_are 0
-	is 'the map after that' "$(map)" "$want"
+	is 'the map after that' "$(map "$uri")" "$want"
 	stops TERM
 	serve base="nbd+unix:///?socket=$work/nbd" holes=false
-	is 'the map without holes' "$(map)" '0+1073741824:0'
+	is 'the map without holes' "$(map "$uri")" '0+1073741824:0'
 	stops TERM
 }
 
@@ -363,9 +363,9 @@ slow_holes()
 		pread="head -c \$3 /dev/zero | tr '\\0' x" \
 		extents="sleep 8; echo '0 65536 zero'; echo '65536 983040'"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
-	is 'the map' "$(map)" '0+1048576:0'
+	is 'the map' "$(map "$uri")" '0+1048576:0'
 	wait_until 30 learned 1
-	is 'the map' "$(map)" '0+65536:3 65536+983040:0'
+	is 'the map' "$(map "$uri")" '0+65536:3 65536+983040:0'
 	stops TERM
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
 	learned 2
