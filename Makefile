@@ -37,6 +37,7 @@ help:
 	@echo '                       both end with a table, and take KERNELS and TESTS as well'
 	@echo '  make fuzz            the fuzzer for an hour, on the newest kernel and two CPUs;'
 	@echo '                       FUZZ_SECONDS=3600, FUZZ_SEED=N'
+	@echo '  make bench-cache     figures of the cache and of many overlays, each beside its goal'
 	@echo '  RUNNING_KERNEL=1     with demo or check, as root: here and now, no virtual machine'
 	@echo '  tests/vm/run COMMAND any command in such a machine; its first lines tell more'
 	@echo
@@ -203,7 +204,7 @@ deps demo-deps debug-deps:
 	$$sudo apt-get update -q && \
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
-.PHONY: demo check check-kernels check-debug fuzz
+.PHONY: demo check check-kernels check-debug fuzz bench-cache
 demo: demo-deps
 	$(Q)demo/run
 # It takes 20 minutes there, and the kernel's part in it is small.
@@ -220,6 +221,9 @@ FUZZ_SECONDS ?= 3600
 fuzz: debug-deps
 	$(Q)tests/vm/run -k smp -t $$(($(FUZZ_SECONDS) * 2 + 600)) \
 		env V=1 FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) tests/fuzz.sh
+
+bench-cache: debug-deps
+	$(Q)tests/bench/run
 
 .PHONY: clean distclean
 clean:

@@ -200,7 +200,7 @@ static void emit_info(struct nbdcow_target *t, char *result,
 	DMEMIT(" %lu %lu %ld %lu %lu", stats.hits, stats.misses,
 	       atomic_long_read(&t->base->evicted), stats.overlay, stats.base);
 	sz = emit_prefetch(&t->prefetch, result, maxlen, sz);
-	DMEMIT(" %u", READ_ONCE(t->nr_queued));
+	DMEMIT(" %u %llu", READ_ONCE(t->nr_queued), ov->base_sectors);
 }
 
 /**

@@ -21,7 +21,7 @@ undo_list=() guards=() guard_dirs=() guard_sums=() guard_writes=()
 set -u
 shopt -s inherit_errexit
 
-PATH=$(dirname "$0"):$(dirname "$0")/../build/tests:$PATH
+PATH=${BASH_SOURCE%/*}:${BASH_SOURCE%/*}/../build/tests:$PATH
 # Without a running udev nobody would answer libdevmapper.
 [ -e /run/udev/control ] || export DM_DISABLE_UDEV=1
 

@@ -14,15 +14,6 @@ read_blocks()
 	dd if="$1" of=/dev/null bs=4k skip="$2" count="$3" iflag=direct,fullblock status=none
 }
 
-# sectors_read DEVICE: from it, ever
-sectors_read()
-{
-	local -a stat
-
-	read -ra stat <"$(sysfs_of "$1")/stat"
-	echo "${stat[2]}"
-}
-
 # features NAME: of its table
 features()
 {

@@ -350,7 +350,7 @@ shared_connection()
 # A base that is cut short is said to be.
 shrunken_base()
 {
-	local loop
+	local loop shrunk
 
 	begin make_file disk.img 2M
 	make_loop "$work/disk.img"
@@ -363,9 +363,12 @@ shrunken_base()
 	losetup -c "$loop"
 	is 'health' "$(member health test-cow)" base-error
 	is 'base_size' "$(member base_size test-cow)" 1048576
-	cowctl status test-cow | grep -E '^  health +base-error: the base is smaller than it was$'
+	is 'base_size_expected' "$(member base_size_expected test-cow)" 2097152
+	shrunk='base-error: the base has shrunk from 2097152 to 1048576 bytes'
+	cowctl status test-cow | grep -E "^  health +$shrunk\$"
 	cowctl list | grep -E '^test-cow .* base-error '
 	io $COW 'check 0 1M .' 'check 1536k 4k A' 'fails EIO check 1M 4k ?' 'check 2M end 0'
+	cowctl status test-cow | grep -E "^  health +$shrunk\$"
 	says 1 'base device is smaller' cowctl set test-cow size=8M
 	truncate -s 2M "$work/disk.img"
 	losetup -c "$loop"

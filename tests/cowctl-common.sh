@@ -3,7 +3,7 @@
 #
 # What the tests of cowctl share, beside what all tests do.
 
-. "$(dirname "$0")/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 run_dir=/run/cowctl
 
@@ -44,6 +44,22 @@ kill_nbdkit()
 member()
 {
 	cowctl --json status "$2" | jq -r ".$1"
+}
+
+# sectors_read DEVICE: from it, ever
+sectors_read()
+{
+	local -a stat
+
+	read -ra stat <"$(sysfs_of "$1")/stat"
+	echo "${stat[2]}"
+}
+
+# map URI: of an export, as OFFSET+LENGTH:TYPE in one line
+map()
+{
+	nbdinfo --map "$1" | sed 's/\x1b\[[0-9;]*m//g' |
+		awk '{ printf "%s%s+%s:%s", s, $1, $2, $3; s = " " }'
 }
 
 # Whatever tests made with cowctl; all their names begin with test.

@@ -25,13 +25,6 @@ client()
 	nbdsh -u "$uri" -c 'h.set_strict_mode(0)' -c "$1"
 }
 
-# map: of the export, as "OFFSET LENGTH TYPE" lines in one
-map()
-{
-	nbdinfo --map "$uri" | sed 's/\x1b\[[0-9;]*m//g' |
-		awk '{ printf "%s%d+%d:%d", s, $1, $2, $3; s = " " }'
-}
-
 # cached: blocks in the cache of the base
 cached()
 {
@@ -56,7 +49,7 @@ extents()
 	local want
 
 	begin_export 65536 size=65M
-	is 'past the base there is nothing' "$(map)" '0+67108864:0 67108864+1048576:3'
+	is 'past the base there is nothing' "$(map "$uri")" '0+67108864:0 67108864+1048576:3'
 	client '
 h.trim(1 << 20, 4 << 20)
 h.pwrite(b"A" * 8192, (4 << 20) + 65536)
@@ -64,7 +57,7 @@ h.trim(9000, (8 << 20) + 100)
 h.pwrite(b"A" * 4096, 64 << 20)'
 	want='0+4194304:0 4194304+65536:3 4259840+8192:0 4268032+974848:3 5242880+3149824:0 '
 	want+='8392704+4096:3 8396800+58716160:0 67112960+1044480:3'
-	is 'the map' "$(map)" "$want"
+	is 'the map' "$(map "$uri")" "$want"
 	# of the overlay and of the base is not told apart, nor are the two kinds of holes
 	dmsetup message test-cow 0 holes 4096 16 4112 16
 	client '
@@ -79,9 +72,9 @@ h2.block_status(4096, 16 << 20, show, nbd.CMD_FLAG_REQ_ONE)
 h2.block_status(512, (64 << 20) + 4096 - 512, show)' >"$work/out"
 	undo rm -f "$work/out"
 	is 'block status' "$(tr '\n' ' ' <"$work/out")" \
-		"16776704 [512, 0, 131072, 3, 917504, 0] 16777216 [4096, 3] 67112448 [512, 0] "
+		"16776704 [512, 0, 131072, 3, 916992, 0] 16777216 [4096, 3] 67112448 [512, 0] "
 	cowctl reset test-cow force=true
-	is 'after a reset' "$(map)" \
+	is 'after a reset' "$(map "$uri")" \
 		'0+16777216:0 16777216+131072:3 16908288+50200576:0 67108864+1048576:3'
 }
 
@@ -93,7 +86,7 @@ many_extents()
 	client '
 for block in range(0, 8192, 2):
     h.trim(4096, block * 4096)'
-	is 'the number of runs' "$(map | wc -w)" 8192
+	is 'the number of runs' "$(map "$uri" | wc -w)" 8192
 	is 'the holes' "$(nbdinfo --map --totals "$uri" | sed 's/\x1b\[[0-9;]*m//g' |
 		awk '$3 == 3 || $2 == "25.0%" { print $1 }' | head -n 1)" $((4096 * 4096))
 }
@@ -134,6 +127,37 @@ open("'"$work"'/want", "wb").write(want[:-512] + bytes(512))'
 	cmp "$work/want" /dev/mapper/test-cow
 }
 
+# Of a sparse base nothing is read but its data, and the copy is as sparse.
+# SPARSE_MIB tells how much data there is.
+sparse_copy()
+{
+	local mib=${SPARSE_MIB:-64} dev before start bytes end
+
+	need nbdkit nbd-client nbdinfo nbdcopy
+	begin make_file sparse.img 102400M
+	dd if=/dev/urandom of="$work/sparse.img" bs=1M seek=50000 count="$mib" conv=notrunc \
+		status=none
+	undo rm -f "$work"/{socket,socket.pid,out}
+	start_nbdkit "$work/socket" file "$work/sparse.img"
+	undo sweep
+	cowctl create test-cow base="nbd+unix:///?socket=$work/socket"
+	wait_until 30 idle
+	cowctl export test-cow server=nbdcow
+	uri="nbd+unix:///?socket=$run_dir/test-cow.sock"
+	start=$((50000 << 20)) bytes=$((mib << 20)) end=$(((50000 + mib) << 20))
+	is 'the map' "$(map "$uri")" \
+		"0+$start:3 $start+$bytes:0 $end+$(((102400 << 20) - end)):3"
+	dev=$(member base_device test-cow)
+	before=$(sectors_read "$dev")
+	nbdcopy "$uri" null:
+	is 'sectors read' $(($(sectors_read "$dev") - before)) $((mib * 2048))
+	nbdcopy "$uri" "$work/out"
+	is 'the size of the copy' "$(stat -c %s "$work/out")" $((102400 << 20))
+	between 'what is allocated of it in KiB' "$(du -k "$work/out" | cut -f 1)" \
+		$((mib << 10)) $(((mib << 10) + 64))
+	cmp -i "$start" -n "$bytes" "$work/sparse.img" "$work/out"
+}
+
 # A device that ends within a block, and within a page.
 odd_sizes()
 {
@@ -143,7 +167,7 @@ odd_sizes()
 	cowctl export test-cow server=nbdcow
 	undo cowctl unexport test-cow
 	uri="nbd+unix:///?socket=$run_dir/test-cow.sock"
-	is 'the map' "$(map)" '0+1046016:0'
+	is 'the map' "$(map "$uri")" '0+1046016:0'
 	client '
 size = h.get_size()
 assert size == 2043 * 512, size
@@ -155,7 +179,7 @@ assert h.pread(size - last, last) == bytes(size - last)
 h.trim(last, 0)
 assert h.pread(4096, 0) == bytes(4096)'
 	# the last block is not a whole one: what was written to it stays
-	is 'the map' "$(map)" '0+1044480:3 1044480+1536:0'
+	is 'the map' "$(map "$uri")" '0+1044480:3 1044480+1536:0'
 }
 
 zeroes()
@@ -172,7 +196,7 @@ except nbd.Error as e:
     assert e.errno == "ENOTSUP", e
 assert h.pread(3 << 20, 0) == bytes(3 << 20)
 assert h.pread(4096, 3 << 20) != bytes(4096)'
-	is 'holes, but not where none is wanted' "$(map)" '0+2097152:3 2097152+14680064:0'
+	is 'holes, but not where none is wanted' "$(map "$uri")" '0+2097152:3 2097152+14680064:0'
 	is 'used' "$(member used test-cow)" 1048576
 }
 
@@ -255,7 +279,7 @@ b.connect_uri("'"$uri"'")
 assert b.get_size() == 8 << 20
 assert b.pread(512, 0) == b"A" * 512 and b.pread(4096, 6 << 20) == bytes(4096)
 b.pwrite(b"B" * 512, 6 << 20)'
-	is 'the map' "$(map)" '0+4194304:0 4194304+2097152:3 6291456+4096:0 6295552+2093056:3'
+	is 'the map' "$(map "$uri")" '0+4194304:0 4194304+2097152:3 6291456+4096:0 6295552+2093056:3'
 }
 
 # nbdkit by hand
@@ -330,6 +354,7 @@ run_tests \
 	extents 'extents before and after trims, writes and a reset' \
 	many_extents 'more extents than the kernel tells at once' \
 	odd_requests 'requests of any size and alignment' \
+	sparse_copy 'a sparse base is copied as such' \
 	odd_sizes 'a device that ends within a block' \
 	zeroes 'zeroes: fast ones, and those that must not be holes' \
 	no_space 'a full overlay, told to the one who writes' \

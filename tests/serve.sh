@@ -65,10 +65,10 @@ def connect(export=""):
 BASE = open("'"$base"'", "rb").read(1 << 20)' -c "$1"
 }
 
-# overlays: how many there are
+# overlays: how many there are, but for the one that serve itself has
 overlays()
 {
-	dmsetup ls | grep -c '^test-cow-' || :
+	dmsetup ls | grep -c '^test-cow-[0-9]*-[1-9]' || :
 }
 
 overlays_are()
@@ -205,7 +205,7 @@ for i, h in enumerate(hs):
     want[4096 * i:4096 * i + 8192] = bytes([i]) * 8192
     assert h.pread(1 << 20, 0) == want, i
 import subprocess
-made = subprocess.run("dmsetup ls | grep -c ^test-cow-", shell=True, capture_output=True)
+made = subprocess.run("dmsetup ls | grep -c ^test-cow-.*-[1-9]", shell=True, capture_output=True)
 assert made.stdout == b"64\n", made.stdout'
 	wait_until 60 overlays_are 0
 	stops TERM
@@ -299,7 +299,7 @@ subprocess.check_call(["pkill", "-KILL", "-x", "nbdkit"])'
 	dmsetup create test-cow-1-5 -u "NBDCOW-SERVER" --table "0 $sectors nbdcow $base"
 	undo dmsetup remove --retry test-cow-1-5
 	serve base="$base" per-client=true
-	is 'what is left' "$(dmsetup ls | awk '/^test-cow/ { print $1 }' | sort | tr '\n' ' ')" \
+	is 'what is left' "$(dmsetup ls | awk '/^test-cow-[0-9]*-[1-9]/ { print $1 }' | sort | tr '\n' ' ')" \
 		'test-cow-1-3 test-cow-1-4 test-cow-1-5 '
 }
 
@@ -324,6 +324,52 @@ assert b.pread(1 << 20, 0) == BASE and a.pread(4096, 0) == b"A" * 4096'
 	is 'connections' "$(connected | wc -l)" 1
 	stops TERM
 	image_is_unchanged
+}
+
+# What the server of the base knows to be zero every client is told, also after all
+# others have gone.
+holes()
+{
+	local want='0+2097152:3 2097152+4096:0 2101248+1071640576:3'
+
+	need nbdkit nbd-client nbdinfo
+	begin_serve make_file sparse.img 1G
+	printf x | dd of="$work/sparse.img" bs=1M seek=2 conv=notrunc status=none
+	undo rm -f "$work"/{nbd,nbd.pid}
+	start_nbdkit "$work/nbd" file "$work/sparse.img"
+	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
+	is 'the map' "$(map "$uri")" "$want"
+	wait_until 20 overlays_are 0
+	is 'the map after that' "$(map "$uri")" "$want"
+	stops TERM
+	serve base="nbd+unix:///?socket=$work/nbd" holes=false
+	is 'the map without holes' "$(map "$uri")" '0+1073741824:0'
+	stops TERM
+}
+
+# learned PROCESSES: as many of cowctl are left
+learned()
+{
+	[ "$(pgrep -cx cowctl)" = "$1" ]
+}
+
+# One that takes its time is not waited for, and not when it ends either.
+slow_holes()
+{
+	need nbdkit nbd-client nbdinfo
+	begin_serve :
+	undo rm -f "$work"/{nbd,nbd.pid}
+	start_nbdkit "$work/nbd" eval get_size='echo 1M' can_extents='exit 0' \
+		pread="head -c \$3 /dev/zero | tr '\\0' x" \
+		extents="sleep 8; echo '0 65536 zero'; echo '65536 983040'"
+	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
+	is 'the map' "$(map "$uri")" '0+1048576:0'
+	wait_until 30 learned 1
+	is 'the map' "$(map "$uri")" '0+65536:3 65536+983040:0'
+	stops TERM
+	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
+	learned 2
+	stops TERM
 }
 
 # The sockets of systemd, which are open already and come with the environment.
@@ -410,6 +456,8 @@ run_tests \
 	coming_and_going 'clients that come and go under load' \
 	killed 'servers that are killed' \
 	over_nbd 'a base behind NBD' \
+	holes 'clients are told the holes of the base' \
+	slow_holes 'holes that are told late' \
 	activated 'sockets from systemd' \
 	tcp 'a TCP port' \
 	cannot_serve 'what cannot be served'

@@ -355,7 +355,7 @@ static int rebase_locked(const struct args *args, int lock, bool force, bool hol
 	nbd_release(args->mangled);
 	nbd_rename(slot, args->mangled);
 	if (holes)
-		holes_start(&cow, text, base.bytes);
+		holes_start(cow.mangled, cow.uuid, text, base.bytes);
 	return 0;
 }
 

@@ -349,7 +349,7 @@ static int add_services(const struct args *args, const struct shape *shape,
 	if (!err && shape->partitions)
 		err = parts_map(cow.path);
 	if (!err && holes)
-		holes_start(&cow, base->text, base->bytes);
+		holes_start(cow.mangled, cow.uuid, base->text, base->bytes);
 	return err;
 }
 
@@ -556,6 +556,7 @@ static struct json_object *describe(const struct cow *cow)
 	add_text(object, "base", base_source(cow));
 	add_text(object, "base_device", device_path(cow->table.major, cow->table.minor));
 	add_number(object, "base_size", base_size(cow));
+	add_number(object, "base_size_expected", status->base_size_sectors * SECTOR_BYTES);
 	add_text(object, "tmpfs", cow->table.tmpfs[0] ? xasprintf("%s", cow->table.tmpfs) : NULL);
 	add_text(object, "health", xasprintf("%s", status->health));
 	add_number(object, "used", status->used_blocks * BLOCK_BYTES);
@@ -880,17 +881,17 @@ static void print_numbers(struct json_object *device, const char *const (*lines)
 /* The health, and what is known about a base that is not well. */
 static char *health_text(struct json_object *device)
 {
-	const char *health = text(device, "health"), *more = "";
+	uint64_t now = number(device, "base_size"), expected = number(device, "base_size_expected");
+	const char *health = text(device, "health");
 
 	if (strcmp(health, "base-error"))
-		more = "";
-	else if (!number(device, "base_size"))
-		more = ": the base is away";
-	else if (!number(device, "base_errors"))
-		more = ": the base is smaller than it was";
-	else
-		more = ": the base cannot be read, or is smaller than it was";
-	return xasprintf("%s%s", health, more);
+		return xasprintf("%s", health);
+	if (!now)
+		return xasprintf("%s: the base is away", health);
+	if (now < expected)
+		return xasprintf("%s: the base has shrunk from %" PRIu64 " to %" PRIu64 " bytes",
+				 health, expected, now);
+	return xasprintf("%s: the base cannot be read", health);
 }
 
 static void print_cache(struct json_object *device)

@@ -132,7 +132,7 @@ static const struct command {
 		.many = true,
 		.keys = KEY(BASE) | KEY(PER_CLIENT) | KEY(PER_EXPORT_NAME) | KEY(LIMIT) |
 			KEY(MAX_CLIENTS) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
-			KEY(CACHE_LIMIT) | KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS),
+			KEY(CACHE_LIMIT) | KEY(HOLES) | KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS),
 	},
 	{ .name = NULL }
 };

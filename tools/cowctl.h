@@ -117,6 +117,7 @@ struct cow_status {
 	uint64_t prefetch_done;		/* in blocks */
 	uint64_t prefetch_total;
 	uint64_t queued;
+	uint64_t base_size_sectors;	/* when the copy was made */
 };
 
 /* A connection to an NBD server. */
@@ -269,7 +270,7 @@ void watch_stop(const char *mangled);
 
 /* holes.c */
 
-void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes);
+void holes_start(const char *mangled, const char *uuid, const char *text, uint64_t base_bytes);
 void holes_stop(const char *mangled);
 
 /* export.c */

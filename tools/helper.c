@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/pidfd.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -149,9 +150,16 @@ int helper_start(const char *mangled, const char *kind, const char *text,
 		goto out;
 	}
 	pid = fork();
-	if (!pid)
-		run_helper(path, text, work, arg, fds[1]);
+	if (!pid) {
+		/* Not a child of ours: a server would never wait for its end. */
+		pid = fork();
+		if (!pid)
+			run_helper(path, text, work, arg, fds[1]);
+		_exit(pid < 0);
+	}
 	err = pid < 0 ? -errno : 0;
+	if (!err)
+		waitpid(pid, NULL, 0);
 	close(fds[1]);
 	ready = (struct pollfd){ .fd = fds[0], .events = POLLIN };
 	if (!err && poll(&ready, 1, wait_ms) <= 0)

@@ -169,20 +169,20 @@ static void work(void *arg, int ready_fd)
 }
 
 /*
- * Learns the holes of the base at @text, where that is an NBD server. They only
- * save work, so not to know them is no failure.
+ * Learns the holes of the base at @text, where that is an NBD server, and tells them
+ * to the device @uuid on it. They only save work, so not to know them is no failure.
  */
-void holes_start(const struct cow *cow, const char *text, uint64_t base_bytes)
+void holes_start(const char *mangled, const char *uuid, const char *text, uint64_t base_bytes)
 {
 	struct holes holes = {
-		.uuid = cow->uuid, .end = base_bytes - base_bytes % BLOCK_BYTES,
+		.uuid = uuid, .end = base_bytes - base_bytes % BLOCK_BYTES,
 		.start = UINT64_MAX,
 	};
 	int err;
 
 	if (parse_nbd_uri(text, &holes.uri))
 		return;
-	err = helper_start(cow->mangled, KIND, text, work, &holes, WAIT_MS);
+	err = helper_start(mangled, KIND, text, work, &holes, WAIT_MS);
 	if (err == -ENOPKG)
 		warn("the holes of %s stay unknown: the package libnbd0 is missing", text);
 	else if (err && err != -ETIMEDOUT)

@@ -750,8 +750,8 @@ static int nbdcow_zero(void *opaque, uint32_t count, uint64_t offset, uint32_t f
  * Extents and cache
  */
 
-static int add_extents(const struct handle *handle, uint64_t offset, uint64_t end,
-		       const char *answer, struct nbdkit_extents *extents)
+static int add_extents(uint64_t offset, uint64_t end, const char *answer,
+		       struct nbdkit_extents *extents)
 {
 	uint64_t start = offset / BLOCK_BYTES * BLOCK_BYTES, blocks, stop;
 	int used;
@@ -765,8 +765,9 @@ static int add_extents(const struct handle *handle, uint64_t offset, uint64_t en
 			break;
 		answer += used;
 		stop = start + blocks * BLOCK_BYTES;
-		if (stop > handle->bytes)
-			stop = handle->bytes;
+		/* Of 4 GiB and more nbdkit would tell a length that is no multiple. */
+		if (stop > end)
+			stop = end;
 		if (stop > offset) {
 			if (nbdkit_add_extent(extents, offset, stop - offset, type))
 				return -1;
@@ -792,7 +793,7 @@ static int nbdcow_extents(void *opaque, uint32_t count, uint64_t offset, uint32_
 	err = dm_ask(handle->dev, message, &answer);
 	if (err)
 		return io_failed("block status", offset, -err);
-	err = add_extents(handle, offset, end, answer, extents);
+	err = add_extents(offset, end, answer, extents);
 	free(answer);
 	return err;
 }

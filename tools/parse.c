@@ -449,7 +449,7 @@ static int next_prefetch(const char **line, struct cow_status *status)
 /*
  * <health> <used>/<limit> <peak> <zeroed> <metadata> <refused> <base errors>
  * <cached>/<cache limit> <hits> <misses> <evicted> <overlay> <base> <prefetch>
- * <queued> ...
+ * <queued> <base size> ...
  */
 int parse_status(const char *params, struct cow_status *status)
 {
@@ -472,7 +472,8 @@ int parse_status(const char *params, struct cow_status *status)
 	}
 	if (next_prefetch(&params, status))
 		return -EINVAL;
-	return next_number(&params, &status->queued);
+	return next_number(&params, &status->queued) ?:
+	       next_number(&params, &status->base_size_sectors);
 }
 
 const char *human_size(uint64_t bytes, char buf[16])

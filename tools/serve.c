@@ -36,6 +36,7 @@ struct server {
 	struct listen listen;
 	int fds;			/* sockets that systemd has passed to us */
 	struct base base;
+	int keeper_fd;
 	pid_t pid;
 	int pid_fd;
 };
@@ -70,6 +71,7 @@ static int check_args(const struct args *args)
 	      parse_flag(args, KEY_PER_EXPORT_NAME, false, &per_name) ?:
 	      parse_flag(args, KEY_COW_ON_READ, false, &flag) ?:
 	      parse_flag(args, KEY_COW_ON_CACHE, false, &flag) ?:
+	      parse_flag(args, KEY_HOLES, true, &flag) ?:
 	      parse_blocks(args, KEY_LIMIT, &blocks) ?:
 	      parse_blocks(args, KEY_CACHE_LIMIT, &blocks) ?:
 	      check_clients(args->value[KEY_MAX_CLIENTS]);
@@ -232,13 +234,63 @@ static int wait_for_end(struct server *server)
 	return err;
 }
 
-/* The kernel removes the overlays of a server that was killed a little later. */
+/* The kernel removes copies that nobody has open any more a little later. */
 static void wait_for_base(const struct base *base)
 {
+	char *path = device_path(major(base->dev), minor(base->dev));
 	int64_t deadline = now_ms() + STOP_MS;
+	int fd;
 
-	while (any_link(base->dev, "holders", NULL, NULL) && now_ms() < deadline)
+	while ((fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC)) < 0 && errno == EBUSY &&
+	       now_ms() < deadline)
 		poll(NULL, 0, PROBE_MS);
+	if (fd >= 0)
+		close(fd);
+	free(path);
+}
+
+/* Asks the server of the base for its holes. */
+static int learn_holes(const struct server *server, dev_t keeper)
+{
+	bool holes;
+	struct cow cow;
+	int err = parse_flag(server->args, KEY_HOLES, true, &holes);
+
+	if (err || !holes || !strstr(server->base.text, "://"))
+		return err;
+	err = dm_find_number(major(keeper), minor(keeper), &cow);
+	if (!err)
+		holes_start(server->slot, cow.uuid, server->base.text, server->base.bytes);
+	return err;
+}
+
+/*
+ * A copy of our own, which nobody uses: what the kernel knows of a base, its holes
+ * and its cache, goes with the last copy, but shall not go with the last client.
+ */
+static int keep_base(struct server *server)
+{
+	uint64_t sectors = server->base.bytes / BLOCK_BYTES * (BLOCK_BYTES / SECTOR_BYTES);
+	char *params, *path, name[NAME_BYTES];
+	dev_t dev;
+	int err;
+
+	/* Of what is too small or too long nbdkit's plugin complains. */
+	if (!sectors || snprintf(name, sizeof(name), "%s-%ld-0", server->args->mangled,
+				 (long)getpid()) >= (int)sizeof(name))
+		return 0;
+	params = xasprintf("%u:%u 0", major(server->base.dev), minor(server->base.dev));
+	err = dm_server_create(name, sectors, params, &dev);
+	free(params);
+	if (err)
+		return err;
+	path = xasprintf("/dev/dm-%u", minor(dev));
+	server->keeper_fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (server->keeper_fd < 0)
+		err = fail(-errno, "cannot open %s: %m", path);
+	free(path);
+	dm_server_remove(name, !err);
+	return err ?: learn_holes(server, dev);
 }
 
 static int serve(struct server *server)
@@ -276,6 +328,8 @@ static int prepare(struct server *server, int lock)
 		      listen_check(&server->listen, args->name);
 	if (!err)
 		err = check_base(base) ?: open_base(base, server->slot, lock, &server->base);
+	if (!err)
+		err = keep_base(server);
 	if (!err && server->listen.socket[0])
 		err = write_run_file(server->slot, "socket", server->listen.socket);
 	return err ?: interrupted() ? -EINTR : 0;
@@ -283,7 +337,8 @@ static int prepare(struct server *server, int lock)
 
 int cmd_serve(const struct args *args)
 {
-	struct server server = { .args = args, .base.fd = -1, .pid_fd = -1 };
+	struct server server = { .args = args, .base.fd = -1, .keeper_fd = -1,
+				 .pid_fd = -1 };
 	int err = check_args(args), lock;
 
 	if (!err)
@@ -306,6 +361,9 @@ int cmd_serve(const struct args *args)
 	if (!err)
 		err = serve(&server);
 	clear_away(server.slot);
+	holes_stop(server.slot);
+	if (server.keeper_fd >= 0)
+		close(server.keeper_fd);
 	if (server.base.fd >= 0) {
 		wait_for_base(&server.base);
 		close(server.base.fd);

@@ -160,8 +160,7 @@ void tmpfs_from_environment(char path[PATH_MAX])
 
 /*
  * Calls @call for every block device that stands on @dev ("holders"), or that it
- * stands on ("slaves"), until it returns true. Return: whether it did, or without
- * @call whether there is any.
+ * stands on ("slaves"), until it returns true. Return: whether it did.
  */
 bool any_link(dev_t dev, const char *kind,
 	      bool (*call)(const char *name, dev_t dev, void *arg), void *arg)
@@ -177,7 +176,7 @@ bool any_link(dev_t dev, const char *kind,
 
 		if (entry->d_name[0] != '.' && !read_line(file, text, sizeof(text)) &&
 		    sscanf(text, "%u:%u", &maj, &min) == 2)
-			found = !call || call(entry->d_name, makedev(maj, min), arg);
+			found = call(entry->d_name, makedev(maj, min), arg);
 		free(file);
 	}
 	if (dir)

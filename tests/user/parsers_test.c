@@ -365,16 +365,17 @@ static void test_status_lines(void)
 {
 	static const char *const bad[] = {
 		"", "ok", "ok 1", "ok 1/", "ok /1", "ok 1/2", "ok 1/2 3 4 5 6", "Fail", "Error",
-		"ok 1/2 3 4 5 6 7", "ok 1/2" REST, "ok 1/2" REST " -", "ok 1/x" REST " - 0",
-		"ok 1-2" REST " - 0", "ok 1/2" REST " - x", "ok 1/2" REST " done 0",
-		"ok 1/2" REST " :1/2 0", "ok 1/2" REST " done:1 0", "ok 1/2" REST " done:1/x 0",
-		"ok 1/2" REST " a-state-that-is-longer:1/2 0", "ok 1/2 3 4 5 6 7 8 9 10 11 12 13 - 0",
-		"a-health-word-that-is-longer-than-any 1/2" REST " - 0",
-		"ok 99999999999999999999/2" REST " - 0", "ok 1/2" REST " - 99999999999999999999",
+		"ok 1/2 3 4 5 6 7", "ok 1/2" REST, "ok 1/2" REST " -", "ok 1/x" REST " - 0 8",
+		"ok 1-2" REST " - 0 8", "ok 1/2" REST " - x 8", "ok 1/2" REST " done 0 8",
+		"ok 1/2" REST " :1/2 0 8", "ok 1/2" REST " done:1 0 8", "ok 1/2" REST " done:1/x 0 8",
+		"ok 1/2" REST " a-state-that-is-longer:1/2 0 8", "ok 1/2 3 4 5 6 7 8 9 10 11 12 13 - 0 8",
+		"a-health-word-that-is-longer-than-any 1/2" REST " - 0 8",
+		"ok 99999999999999999999/2" REST " - 0 8", "ok 1/2" REST " - 99999999999999999999 8",
+		"ok 1/2" REST " - 0", "ok 1/2" REST " - 0 x",
 	};
 	struct cow_status status;
 
-	EXPECT(!parse_status("base-error 1/2" REST " running:15/16 17", &status), "all fields");
+	EXPECT(!parse_status("base-error 1/2" REST " running:15/16 17 18", &status), "all fields");
 	EXPECT(!strcmp(status.health, "base-error"), "health");
 	EXPECT(status.used_blocks == 1 && status.limit_blocks == 2, "used/limit");
 	EXPECT(status.peak_blocks == 3 && status.zeroed_blocks == 4, "peak and zeroed");
@@ -387,10 +388,11 @@ static void test_status_lines(void)
 	EXPECT(!strcmp(status.prefetch, "running"), "prefetch");
 	EXPECT(status.prefetch_done == 15 && status.prefetch_total == 16, "prefetch");
 	EXPECT(status.queued == 17, "queued");
-	EXPECT(!parse_status("ok 0/- 0 0 4096 0 0 0/- 0 0 0 0 0 - 0", &status), "no limit");
+	EXPECT(status.base_size_sectors == 18, "size of the base");
+	EXPECT(!parse_status("ok 0/- 0 0 4096 0 0 0/- 0 0 0 0 0 - 0 8", &status), "no limit");
 	EXPECT(status.limit_blocks == NO_LIMIT, "no limit");
 	EXPECT(status.cache_limit_blocks == NO_LIMIT && !status.prefetch[0], "no limit");
-	EXPECT(!parse_status("full 1/2" REST " - 15 new fields", &status), "a later version");
+	EXPECT(!parse_status("full 1/2" REST " - 15 8 new fields", &status), "a later version");
 	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
 		char *copy = exact(bad[i]);
 
