@@ -92,7 +92,7 @@ $(ko): Kbuild $(wildcard kernel/*.[ch])
 # The tool, and the helpers of the tests
 #
 
-libraries := devmapper json-c
+libraries := devmapper json-c blkid
 # Loaded only where it is used, see tools/holes.c.
 loaded := libnbd
 warnings := -Wall -Wextra -Wshadow -Wno-missing-field-initializers $(if $(WERROR),-Werror)
@@ -118,7 +118,7 @@ $(B)/cowctl: $(tool_objects)
 $(B)/tools/%.o: tools/%.c $(wildcard tools/*.h) Makefile
 	$(call say,CC,$@)
 	$(Q)pkg-config --exists $(libraries) $(loaded) || { echo >&2 "no tool: pkg-config," \
-		"libdevmapper-dev, libjson-c-dev or libnbd-dev is missing" \
+		"libdevmapper-dev, libjson-c-dev, libblkid-dev or libnbd-dev is missing" \
 		"('make deps' installs all that is needed)"; exit 1; }
 	$(Q)mkdir -p $(@D)
 	$(Q)$(CC) -std=gnu11 -D_GNU_SOURCE $(warnings) $(CFLAGS) $$(pkg-config --cflags $(libraries) $(loaded)) -c $< -o $@
@@ -146,6 +146,7 @@ build/%.8: Documentation/%.8.rst
 modules := $(DESTDIR)/lib/modules
 sbin := $(DESTDIR)$(PREFIX)/sbin
 man8 := $(DESTDIR)$(PREFIX)/share/man/man8
+completions := $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 with_man := $(shell command -v rst2man)
 
 .PHONY: install uninstall
@@ -153,6 +154,7 @@ install: module tool $(if $(plugin_dir),,no-plugin) $(if $(with_man),man)
 	$(Q)install -D -m 644 $(ko) $(modules)/$(release)/updates/dm-nbdcow.ko
 	$(Q)[ -n '$(DESTDIR)' ] || depmod -a $(release)
 	$(Q)install -D -m 755 $(B)/cowctl $(sbin)/cowctl
+	$(Q)install -D -m 644 tools/cowctl.bash $(completions)/cowctl
 ifneq ($(plugin_dir),)
 	$(Q)install -D -m 644 $(B)/nbdkit-nbdcow-plugin.so $(DESTDIR)$(plugin_dir)/nbdkit-nbdcow-plugin.so
 endif
@@ -169,14 +171,14 @@ uninstall:
 		ko=$${ko#$(modules)/}; \
 		[ -n '$(DESTDIR)' ] || depmod -a "$${ko%%/*}"; \
 	done
-	$(Q)rm -f $(sbin)/cowctl $(man8)/cowctl.8 \
+	$(Q)rm -f $(sbin)/cowctl $(man8)/cowctl.8 $(completions)/cowctl \
 		$(if $(plugin_dir),$(DESTDIR)$(plugin_dir)/nbdkit-nbdcow-plugin.so)
 
 #
 # Try and check
 #
 
-packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libnbd-dev \
+packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libblkid-dev libnbd-dev \
 	libelf-dev xz-utils zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils \
 	busybox-static nbdkit nbdkit-plugin-dev nbd-client libnbd-bin dmsetup e2fsprogs fdisk \
 	gdisk kpartx mmdebstrap

@@ -968,12 +968,32 @@ static void print_status(struct json_object *device)
 					       text(served, "server")));
 }
 
+/* All of them, unless one is named. */
+static int show_metrics(const struct args *args)
+{
+	struct json_object *list = json_object_new_array();
+	struct cow cow;
+	int err;
+
+	if (args->named)
+		err = find_cow(args, &cow) ?: add_described(&cow, list);
+	else
+		err = dm_each(add_described, list);
+	if (!err)
+		print_prometheus(list);
+	json_object_put(list);
+	return err;
+}
+
 int cmd_status(const struct args *args)
 {
 	struct json_object *device;
 	struct cow cow;
-	int err = find_cow(args, &cow);
+	int err;
 
+	if (args->prometheus)
+		return show_metrics(args);
+	err = find_cow(args, &cow);
 	if (err)
 		return err;
 	device = describe(&cow);

@@ -51,6 +51,7 @@ static const struct {
 	[KEY_PER_CLIENT] = { "per-client", "true|false", "a copy for each connection" },
 	[KEY_PER_EXPORT_NAME] = { "per-export-name", "true|false", "a copy for each export name" },
 	[KEY_MAX_CLIENTS] = { "max-clients", "NUMBER", "the most copies; 256 by default" },
+	[KEY_OUTPUT] = { "output", "FILE.svg", "draw it into this file" },
 };
 
 static const struct command {
@@ -85,8 +86,19 @@ static const struct command {
 	}, {
 		.name = "status",
 		.run = cmd_status,
-		.usage = "[NAME]",
+		.usage = "[NAME] [--prometheus]",
 		.help = "show one of them in detail",
+	}, {
+		.name = "changes",
+		.run = cmd_changes,
+		.usage = "[NAME]",
+		.help = "list the ranges that were written or zeroed",
+	}, {
+		.name = "map",
+		.run = cmd_map,
+		.usage = "[NAME] [output=FILE.svg]",
+		.help = "show where they lie",
+		.keys = KEY(OUTPUT),
 	}, {
 		.name = "reset",
 		.run = cmd_reset,
@@ -177,9 +189,10 @@ static void help(void)
 	for (const struct command *c = commands; c->name; c++)
 		printf("  %-9s %s\n", c->name, c->help);
 	puts("  help      explain a command\n\n"
-	     "  --json     print what is reported as JSON\n"
-	     "  --help     print this help\n"
-	     "  --version  print the version\n\n"
+	     "  --json        print what is reported as JSON\n"
+	     "  --prometheus  print what status tells as Prometheus reads it\n"
+	     "  --help        print this help\n"
+	     "  --version     print the version\n\n"
 	     "\"cowctl help COMMAND\" tells more, and the manual page cowctl(8) all.");
 }
 
@@ -236,6 +249,7 @@ static int parse_args(const struct command *command, char **words, struct args *
 				    *words);
 		}
 	}
+	args->named = args->name;
 	if (!args->name)
 		args->name = "cow";
 	reason = name_error(args->name);
@@ -281,10 +295,9 @@ static void complete_path(void)
 	free(full);
 }
 
-static int run_command(char **words, bool json, bool want_help)
+static int run_command(char **words, struct args *args, bool want_help)
 {
 	const struct command *command;
-	struct args args = { .json = json };
 	int err;
 
 	if (!words[0] && !want_help) {
@@ -298,7 +311,9 @@ static int run_command(char **words, bool json, bool want_help)
 	command = find_command(words[0]);
 	if (!command)
 		return unknown_command(words[0]);
-	err = parse_args(command, words + 1, &args);
+	if (args->prometheus && command->run != cmd_status)
+		return fail(-EINVAL, "--prometheus belongs to status, not to %s", command->name);
+	err = parse_args(command, words + 1, args);
 	if (err)
 		return err;
 	if (geteuid())
@@ -306,7 +321,7 @@ static int run_command(char **words, bool json, bool want_help)
 	umask(022);
 	complete_path();
 	dm_init();
-	return command->run(&args);
+	return command->run(args);
 }
 
 int main(int argc, char **argv)
@@ -314,10 +329,12 @@ int main(int argc, char **argv)
 	static const struct option options[] = {
 		{ "help", no_argument, NULL, 'h' },
 		{ "json", no_argument, NULL, 'j' },
+		{ "prometheus", no_argument, NULL, 'p' },
 		{ "version", no_argument, NULL, 'V' },
 		{ .name = NULL }
 	};
-	bool json = false, want_help = false;
+	struct args args = { .json = false };
+	bool want_help = false;
 	sigset_t all;
 	int c, err;
 
@@ -329,7 +346,10 @@ int main(int argc, char **argv)
 			want_help = true;
 			break;
 		case 'j':
-			json = true;
+			args.json = true;
+			break;
+		case 'p':
+			args.prometheus = true;
 			break;
 		case 'V':
 			puts("cowctl " VERSION);
@@ -340,7 +360,7 @@ int main(int argc, char **argv)
 			return EXIT_USAGE;
 		}
 	}
-	err = run_command(argv + optind, json, want_help);
+	err = run_command(argv + optind, &args, want_help);
 	if (fflush(stdout) && !err)
 		err = fail(-errno, "cannot write the output: %m");
 	/* The signal was held back until all was undone; a success it does not undo. */

@@ -64,6 +64,7 @@ enum key {
 	KEY_PER_CLIENT,
 	KEY_PER_EXPORT_NAME,
 	KEY_MAX_CLIENTS,
+	KEY_OUTPUT,
 	KEY_COUNT,
 };
 
@@ -73,6 +74,8 @@ struct args {
 	const char *value[KEY_COUNT];	/* NULL where not given */
 	bool stop;			/* the word after NAME */
 	bool json;
+	bool prometheus;
+	bool named;			/* NAME was given */
 };
 
 /* parse.c */
@@ -142,6 +145,7 @@ int parse_range(const char *text, uint64_t *start, uint64_t *end);
 int parse_nbd_uri(const char *text, struct nbd_uri *uri);
 int parse_table(const char *params, struct cow_table *table);
 int format_table(const struct cow_table *table, char *line, size_t size);
+int next_extent(const char **answer, uint64_t *blocks, char *kind);
 int parse_status(const char *params, struct cow_status *status);
 char *parse_mount(const char *line, unsigned int *major, unsigned int *minor);
 long parse_nbd_record(const char *text, struct nbd_link *link);
@@ -317,7 +321,12 @@ char *device_path(unsigned int maj, unsigned int min);
 int report(const struct args *args);
 const char *key_name(enum key key);
 
-/* cmds.c, change.c, prefetch.c: the commands */
+/* prometheus.c */
+
+struct json_object;
+void print_prometheus(struct json_object *list);
+
+/* cmds.c, change.c, changes.c, prefetch.c: the commands */
 
 int cmd_create(const struct args *args);
 int cmd_remove(const struct args *args);
@@ -326,6 +335,8 @@ int cmd_status(const struct args *args);
 int cmd_reset(const struct args *args);
 int cmd_set(const struct args *args);
 int cmd_rebase(const struct args *args);
+int cmd_changes(const struct args *args);
+int cmd_map(const struct args *args);
 int cmd_prefetch(const struct args *args);
 int cmd_export(const struct args *args);
 int cmd_unexport(const struct args *args);

@@ -754,16 +754,14 @@ static int add_extents(uint64_t offset, uint64_t end, const char *answer,
 		       struct nbdkit_extents *extents)
 {
 	uint64_t start = offset / BLOCK_BYTES * BLOCK_BYTES, blocks, stop;
-	int used;
 	char kind;
 
-	while (start < end && sscanf(answer, " %" SCNu64 "%c%n", &blocks, &kind, &used) == 2) {
+	while (start < end && next_extent(&answer, &blocks, &kind) > 0) {
 		uint32_t type = kind == 'h' || kind == 'z' ?
 				NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO : 0;
 
 		if (blocks > (UINT64_MAX - start) / BLOCK_BYTES)
 			break;
-		answer += used;
 		stop = start + blocks * BLOCK_BYTES;
 		/* Of 4 GiB and more nbdkit would tell a length that is no multiple. */
 		if (stop > end)

@@ -414,6 +414,23 @@ int parse_table(const char *params, struct cow_table *table)
 	return err;
 }
 
+/*
+ * Takes the next run, "<blocks><letter> ", off an answer to the message extents.
+ * Return: 1, 0 at the end, or -EINVAL.
+ */
+int next_extent(const char **answer, uint64_t *blocks, char *kind)
+{
+	const char *s = *answer + strspn(*answer, " ");
+
+	if (!*s)
+		return 0;
+	if (parse_digits(&s, blocks) || !*s || !strchr("bhoz", *s))
+		return -EINVAL;
+	*kind = *s++;
+	*answer = s;
+	return 1;
+}
+
 /* <number>/<number>, the second of which may be -: no limit. */
 static int next_part(const char **line, uint64_t *used, uint64_t *limit)
 {

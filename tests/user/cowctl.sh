@@ -13,7 +13,7 @@
 CC=${CC:-gcc}
 shopt -s extglob
 seed=${SEED:-$RANDOM$RANDOM}
-read -ra libraries < <(pkg-config --cflags --libs devmapper json-c)
+read -ra libraries < <(pkg-config --cflags --libs devmapper json-c blkid)
 # shellcheck disable=SC2054 # the comma is the compiler's
 flags=(-std=gnu11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wshadow -Werror
 	-Wno-missing-field-initializers -fsanitize=address,undefined -fno-sanitize-recover=all)
@@ -282,6 +282,32 @@ full_output()
 	[ $? = 1 ] && grep -q 'cannot write the output' "$out/stderr"
 }
 
+# completes WANTED WORD...: what is offered for the last word
+completes()
+{
+	local wanted=$1 got
+
+	shift
+	# The completion's own complaint: it is not called by readline.
+	# shellcheck disable=SC2016 # the inner shell's
+	got=$(PATH=$out:$PATH bash -c '. tools/cowctl.bash
+		COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+		_cowctl
+		echo "${COMPREPLY[*]}"' bash cowctl "$@" 2>"$out/stderr")
+	[ "$got" = "$wanted" ] && return
+	echo "cowctl $* is completed by '$got', not '$wanted'"
+	return 1
+}
+
+completion()
+{
+	completes 'remove reset rebase' re && completes 'unexport' une &&
+	completes 'status' help sta &&
+	completes 'round=' create rou && completes 'cow-on-read= cow-on-cache=' set cow cow-on &&
+	completes 'true false' create cow-on-cache = && completes 'down' create round = d &&
+	completes '--json' list --j && completes '' nonsense x
+}
+
 echo "# SEED=$seed"
 check 'cowctl and the test of its parsers build with the sanitizers' build
 parsers
@@ -306,5 +332,6 @@ check 'the manual page has the options of the help' same_options
 check 'the manual page has the keys of the help of each command' same_keys
 check 'the manual page has the usage of each command' same_synopsis
 check 'the manual page has all members of the JSON' json_members_are_documented
+check 'bash completes commands, keys and values' completion
 check 'the manual page is without a warning' rst2man --strict "$man" "$out/cowctl.8"
 finish

@@ -296,6 +296,8 @@ int cmd_status(const struct args *args) { return command(args); }
 int cmd_reset(const struct args *args) { return command(args); }
 int cmd_set(const struct args *args) { return command(args); }
 int cmd_prefetch(const struct args *args) { return command(args); }
+int cmd_changes(const struct args *args) { return command(args); }
+int cmd_map(const struct args *args) { return command(args); }
 int cmd_rebase(const struct args *args) { return command(args); }
 int cmd_serve(const struct args *args) { return command(args); }
 int cmd_export(const struct args *args) { return command(args); }

@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What differs from the base, as the kernel's map has it: changes lists the
+ * ranges, map draws the whole device. Nothing is read but the partition table.
+ */
+#include <blkid/blkid.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <json-c/json.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+/* Blocks that one question to the kernel is about. */
+#define ASK_BLOCKS	(UINT64_C(1) << 32)
+
+/* What a range of the device is. */
+enum kind { UNCHANGED, WRITTEN, ZEROED, KINDS };
+
+static const char *const kind_names[KINDS] = { "unchanged", "written", "zeroed" };
+
+/* Told to visitors in order, neighbours being of different kinds. */
+struct range {
+	uint64_t start;			/* in bytes, as all here */
+	uint64_t end;
+	enum kind kind;
+};
+
+struct walk {
+	const struct cow *cow;
+	uint64_t bytes;			/* of the device */
+	uint64_t base_end;		/* zeroes from here on are no change */
+	struct range range;		/* not told yet */
+	void (*visit)(const struct range *range, void *arg);
+	void *arg;
+};
+
+static void tell(struct walk *walk)
+{
+	if (walk->range.end > walk->range.start)
+		walk->visit(&walk->range, walk->arg);
+	walk->range.start = walk->range.end;
+}
+
+static void add(struct walk *walk, uint64_t end, enum kind kind)
+{
+	if (end > walk->bytes)
+		end = walk->bytes;
+	if (end <= walk->range.end)
+		return;
+	if (kind != walk->range.kind)
+		tell(walk);
+	walk->range.kind = kind;
+	walk->range.end = end;
+}
+
+static int add_answer(struct walk *walk, const char *answer)
+{
+	uint64_t blocks, end = walk->range.end;
+	char kind;
+	int ret;
+
+	while ((ret = next_extent(&answer, &blocks, &kind)) > 0) {
+		if (blocks > (UINT64_MAX - end) / BLOCK_BYTES)
+			return -ERANGE;
+		end += blocks * BLOCK_BYTES;
+		if (kind == 'z' && walk->range.end < walk->base_end)
+			add(walk, end < walk->base_end ? end : walk->base_end, ZEROED);
+		add(walk, end, kind == 'o' ? WRITTEN : kind == 'z' && end <= walk->base_end ?
+		    ZEROED : UNCHANGED);
+	}
+	return ret;
+}
+
+/* Visits all of the device, each block as it is at some time meanwhile. */
+static int walk_all(struct walk *walk)
+{
+	char *answer, message[64];
+	int err = 0;
+
+	while (!err && walk->range.end < walk->bytes) {
+		uint64_t before = walk->range.end;
+
+		if (interrupted())
+			return -EINTR;
+		snprintf(message, sizeof(message), "extents %" PRIu64 " %" PRIu64,
+			 before / BLOCK_BYTES, ASK_BLOCKS);
+		err = dm_ask(makedev(walk->cow->major, walk->cow->minor), message, &answer);
+		if (!err) {
+			err = add_answer(walk, answer);
+			free(answer);
+		}
+		if (!err && walk->range.end == before)
+			err = -EIO;
+	}
+	if (!err)
+		tell(walk);
+	return err ? fail(err, "cannot get the map of %s: %s", walk->cow->name,
+			  strerror(-err)) : 0;
+}
+
+static int walk_device(const struct cow *cow, void (*visit)(const struct range *, void *),
+		       void *arg)
+{
+	struct walk walk = {
+		.cow = cow, .bytes = cow->sectors * SECTOR_BYTES, .visit = visit, .arg = arg,
+	};
+
+	/* The block in which the base ends is partly its own. */
+	walk.base_end = cow->status.base_size_sectors * SECTOR_BYTES + BLOCK_BYTES - 1;
+	walk.base_end -= walk.base_end % BLOCK_BYTES;
+	return walk_all(&walk);
+}
+
+/*
+ * changes
+ */
+
+struct partition {
+	int number;
+	uint64_t start;
+	uint64_t end;
+	uint64_t changed;
+};
+
+struct changes {
+	bool json;
+	int lines;
+	uint64_t changed[KINDS];
+	struct partition *partitions;	/* in the order of where they start */
+	int nr;
+};
+
+static int by_start(const void *a, const void *b)
+{
+	const struct partition *const first = a, *const second = b;
+
+	return (first->start > second->start) - (first->start < second->start);
+}
+
+/* Those of the device as it is now, changes included; none if it has no table. */
+static void find_partitions(const char *path, struct changes *changes)
+{
+	blkid_probe probe = blkid_new_probe_from_filename(path);
+	blkid_partlist list = NULL;
+	int nr;
+
+	if (probe && !blkid_probe_enable_partitions(probe, 1))
+		list = blkid_probe_get_partitions(probe);
+	nr = list ? blkid_partlist_numof_partitions(list) : 0;
+	changes->partitions = nr > 0 ? calloc(nr, sizeof(*changes->partitions)) : NULL;
+	for (int i = 0; changes->partitions && i < nr; i++) {
+		blkid_partition part = blkid_partlist_get_partition(list, i);
+		uint64_t start = blkid_partition_get_start(part) * SECTOR_BYTES;
+
+		/* It only contains others. */
+		if (blkid_partition_is_extended(part))
+			continue;
+		changes->partitions[changes->nr++] = (struct partition){
+			.number = blkid_partition_get_partno(part),
+			.start = start,
+			.end = start + blkid_partition_get_size(part) * SECTOR_BYTES,
+		};
+	}
+	if (changes->nr)
+		qsort(changes->partitions, changes->nr, sizeof(*changes->partitions), by_start);
+	if (probe)
+		blkid_free_probe(probe);
+}
+
+static void print_range(struct changes *changes, const struct range *range, int partition)
+{
+	char size[16], number[16] = "-";
+
+	if (partition)
+		snprintf(number, sizeof(number), "%d", partition);
+	if (changes->json)
+		printf("%s\n    { \"start\": %" PRIu64 ", \"length\": %" PRIu64
+		       ", \"state\": \"%s\", \"partition\": %s }", changes->lines ? "," : "",
+		       range->start, range->end - range->start, kind_names[range->kind],
+		       partition ? number : "null");
+	else
+		printf("%20" PRIu64 " %20" PRIu64 "  %-10s %-8s %s\n", range->start,
+		       range->end - range->start, human_size(range->end - range->start, size),
+		       kind_names[range->kind], number);
+	changes->lines++;
+}
+
+/* Prints a changed range, cut at the bounds of partitions. */
+static void list_range(const struct range *range, void *arg)
+{
+	struct changes *changes = arg;
+	struct range rest = *range;
+	int i = 0;
+
+	changes->changed[range->kind] += range->end - range->start;
+	if (range->kind == UNCHANGED)
+		return;
+	while (rest.start < range->end) {
+		struct partition *p = NULL;
+
+		while (i < changes->nr && changes->partitions[i].end <= rest.start)
+			i++;
+		rest.end = range->end;
+		if (i < changes->nr) {
+			p = &changes->partitions[i];
+			if (p->start > rest.start) {
+				rest.end = p->start < range->end ? p->start : range->end;
+				p = NULL;
+			} else if (p->end < rest.end) {
+				rest.end = p->end;
+			}
+		}
+		if (p)
+			p->changed += rest.end - rest.start;
+		print_range(changes, &rest, p ? p->number : 0);
+		rest.start = rest.end;
+	}
+}
+
+static void print_sums(const struct changes *changes)
+{
+	char written[16], zeroed[16];
+
+	human_size(changes->changed[WRITTEN], written);
+	human_size(changes->changed[ZEROED], zeroed);
+	if (!changes->json) {
+		printf("%s written, %s zeroed\n", written, zeroed);
+		for (int i = 0; i < changes->nr; i++)
+			printf("  partition %-3d %s\n", changes->partitions[i].number,
+			       human_size(changes->partitions[i].changed, written));
+		return;
+	}
+	printf("%s],\n  \"written\": %" PRIu64 ",\n  \"zeroed\": %" PRIu64 ",\n  \"partitions\": [",
+	       changes->lines ? "\n  " : "", changes->changed[WRITTEN], changes->changed[ZEROED]);
+	for (int i = 0; i < changes->nr; i++)
+		printf("%s\n    { \"number\": %d, \"start\": %" PRIu64 ", \"length\": %" PRIu64
+		       ", \"changed\": %" PRIu64 " }", i ? "," : "", changes->partitions[i].number,
+		       changes->partitions[i].start,
+		       changes->partitions[i].end - changes->partitions[i].start,
+		       changes->partitions[i].changed);
+	printf("%s]\n}\n", changes->nr ? "\n  " : "");
+}
+
+int cmd_changes(const struct args *args)
+{
+	struct changes changes = { .json = args->json };
+	struct cow cow;
+	int err = find_cow(args, &cow);
+
+	if (err)
+		return err;
+	find_partitions(cow.path, &changes);
+	if (args->json)
+		printf("{\n  \"ranges\": [");
+	else
+		printf("%20s %20s  %-10s %-8s %s\n", "START", "LENGTH", "", "STATE", "PARTITION");
+	err = walk_device(&cow, list_range, &changes);
+	if (!err)
+		print_sums(&changes);
+	free(changes.partitions);
+	return err;
+}
+
+/*
+ * map
+ */
+
+#define MAP_ROWS	16
+#define MAP_COLUMNS	64
+#define SVG_ROWS	64
+#define SVG_COLUMNS	128
+#define SVG_CELL	8		/* pixels */
+#define SHADES		4		/* of a cell with changes */
+
+struct drawing {
+	int rows;
+	int columns;
+	double cell_bytes;
+	uint64_t sums[KINDS];
+	double (*cells)[KINDS];		/* bytes of each kind */
+};
+
+/* Adds a changed range to the cells it lies in. */
+static void draw_range(const struct range *range, void *arg)
+{
+	struct drawing *drawing = arg;
+	double start = range->start, end = range->end;
+	int cells = drawing->rows * drawing->columns;
+
+	drawing->sums[range->kind] += range->end - range->start;
+	for (int i = start / drawing->cell_bytes; i < cells && range->kind != UNCHANGED; i++) {
+		double first = i * drawing->cell_bytes, last = first + drawing->cell_bytes;
+
+		if (first >= end)
+			break;
+		drawing->cells[i][range->kind] += (last < end ? last : end) -
+						  (first > start ? first : start);
+	}
+}
+
+/* Return: what most of the changes in a cell are; their share in *@shade, from 1 on. */
+static enum kind look(const struct drawing *drawing, int cell, int *shade)
+{
+	const double *bytes = drawing->cells[cell];
+	double changed = bytes[WRITTEN] + bytes[ZEROED];
+
+	*shade = 0;
+	if (!changed)
+		return UNCHANGED;
+	while (*shade < SHADES && *shade * drawing->cell_bytes / SHADES < changed)
+		++*shade;
+	return bytes[WRITTEN] >= bytes[ZEROED] ? WRITTEN : ZEROED;
+}
+
+static int draw(const struct cow *cow, struct drawing *drawing)
+{
+	int cells = drawing->rows * drawing->columns;
+
+	drawing->cell_bytes = (double)cow->sectors * SECTOR_BYTES / cells;
+	drawing->cells = calloc(cells, sizeof(*drawing->cells));
+	return drawing->cells ? walk_device(cow, draw_range, drawing) :
+	       fail(-ENOMEM, "out of memory");
+}
+
+static void print_legend(const struct cow *cow, const struct drawing *drawing)
+{
+	char size[16], cell[16], written[16], zeroed[16];
+
+	printf("%s: %s, of which %s are written and %s zeroed; a character is %s\n", cow->name,
+	       human_size(cow->sectors * SECTOR_BYTES, size),
+	       human_size(drawing->sums[WRITTEN], written),
+	       human_size(drawing->sums[ZEROED], zeroed), human_size(drawing->cell_bytes, cell));
+}
+
+static void print_drawing(const struct cow *cow, const struct drawing *drawing)
+{
+	static const char *const marks[KINDS][SHADES + 1] = {
+		[UNCHANGED] = { "." },
+		[WRITTEN] = { "", "-", "+", "*", "#" },
+		[ZEROED] = { "", "o", "o", "o", "0" },
+	};
+	static const char *const colours[KINDS] = { "\033[2m", "\033[33m", "\033[36m" };
+	const char *no_colour = getenv("NO_COLOR"), *term = getenv("TERM");
+	bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour) && term &&
+		      strcmp(term, "dumb");
+	int shade;
+
+	print_legend(cow, drawing);
+	for (int i = 0; i < drawing->rows * drawing->columns; i++) {
+		enum kind kind = look(drawing, i, &shade);
+
+		if (colour)
+			fputs(colours[kind], stdout);
+		fputs(marks[kind][shade], stdout);
+		if (colour)
+			fputs("\033[0m", stdout);
+		if (i % drawing->columns == drawing->columns - 1)
+			putchar('\n');
+	}
+	printf("%s unchanged; written: from %s little to %s all of it; %s and %s zeroed\n",
+	       marks[UNCHANGED][0], marks[WRITTEN][1], marks[WRITTEN][SHADES],
+	       marks[ZEROED][1], marks[ZEROED][SHADES]);
+}
+
+static void print_escaped(FILE *f, const char *text)
+{
+	for (; *text; text++) {
+		if (strchr("<>&\"'", *text))
+			fprintf(f, "&#%d;", *text);
+		else
+			putc(*text, f);
+	}
+}
+
+static void print_svg(FILE *f, const struct cow *cow, const struct drawing *drawing)
+{
+	static const char *const colours[KINDS] = { "#e8e8e8", "#d1681d", "#2b7bba" };
+	int width = drawing->columns * SVG_CELL, height = drawing->rows * SVG_CELL, shade;
+	char size[16], cell[16], written[16], zeroed[16];
+
+	fputs("<svg xmlns=\"http://www.w3.org/2000/svg\" font-family=\"sans-serif\"", f);
+	fprintf(f, " font-size=\"14\" viewBox=\"0 0 %d %d\">\n<title>", width, height + 24);
+	print_escaped(f, cow->name);
+	fprintf(f, "</title>\n<rect width=\"%d\" height=\"%d\" fill=\"%s\"/>\n", width, height,
+		colours[UNCHANGED]);
+	for (int i = 0; i < drawing->rows * drawing->columns; i++) {
+		enum kind kind = look(drawing, i, &shade);
+
+		if (kind == UNCHANGED)
+			continue;
+		fprintf(f, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\"",
+			i % drawing->columns * SVG_CELL, i / drawing->columns * SVG_CELL,
+			SVG_CELL, SVG_CELL);
+		fprintf(f, " fill=\"%s\" fill-opacity=\"%.2f\"/>\n", colours[kind],
+			0.25 + 0.75 * shade / SHADES);
+	}
+	fprintf(f, "<text y=\"%d\">", height + 18);
+	print_escaped(f, cow->name);
+	fprintf(f, ": %s; <tspan fill=\"%s\">%s written</tspan>, ",
+		human_size(cow->sectors * SECTOR_BYTES, size), colours[WRITTEN],
+		human_size(drawing->sums[WRITTEN], written));
+	fprintf(f, "<tspan fill=\"%s\">%s zeroed</tspan>; a square is %s</text>\n</svg>\n",
+		colours[ZEROED], human_size(drawing->sums[ZEROED], zeroed),
+		human_size(drawing->cell_bytes, cell));
+}
+
+/* The file is there whole, or as it was before. */
+static int write_svg(const char *path, const struct cow *cow, const struct drawing *drawing)
+{
+	char *part = xasprintf("%s.part", path);
+	FILE *f = fopen(part, "we");
+	bool failed = !f;
+	int err = 0;
+
+	if (f) {
+		print_svg(f, cow, drawing);
+		failed = ferror(f);
+		failed = fclose(f) || failed || rename(part, path);
+	}
+	if (failed) {
+		err = fail(-errno, "cannot write %s: %m", path);
+		if (f)
+			unlink(part);
+	}
+	free(part);
+	return err;
+}
+
+int cmd_map(const struct args *args)
+{
+	const char *output = args->value[KEY_OUTPUT];
+	struct drawing drawing = {
+		.rows = output ? SVG_ROWS : MAP_ROWS,
+		.columns = output ? SVG_COLUMNS : MAP_COLUMNS,
+	};
+	struct cow cow;
+	int err = find_cow(args, &cow) ?: draw(&cow, &drawing);
+
+	if (!err && output)
+		err = write_svg(output, &cow, &drawing);
+	else if (!err)
+		print_drawing(&cow, &drawing);
+	free(drawing.cells);
+	return err;
+}
