@@ -16,8 +16,7 @@ DROP='message test-other drop_cache'
 
 fixture()
 {
-	make_brd 4096 3
-	unguard /dev/ram2
+	make_brd 4096 2
 	make_gate /dev/ram0
 	make_cow test-cow 8192 $GATE 1 cow_on_read
 	make_cow test-other 8192 $GATE 1 cow_on_read
@@ -300,11 +299,16 @@ prefetch_and_remove()
 		"$RELEASE" join 'status test-other cached=512' 'check 0 end .'
 }
 
+is_full()
+{
+	[[ $(field test-cow prefetch) = full:* ]]
+}
+
 prefetch_and_limit()
 {
 	prefetching 'message test-cow cache_limit 16' "$RELEASE"
-	wait_until 20 eval '[[ $(field test-cow prefetch) == full:* ]]'
-	wait_until 20 eval '[ $(field test-cow cached) -le 16 ]'
+	wait_until 20 is_full
+	between 'cached' "$(field test-cow cached)" 0 16
 	io $COW 'check 0 end .'
 }
 
@@ -403,27 +407,21 @@ rebases()
 # Bases that are not as they seem
 #
 
-# A read that was refused with REQ_NOWAIT is repeated on the same partition.
-partition()
+# A read that the base refuses with REQ_NOWAIT is repeated without.
+busy()
 {
 	local loop
 
-	need addpart delpart
 	begin
-	io $COW 'load test-under 8192 linear /dev/ram2 0' 'resume test-under'
-	make_loop $GATE --direct-io=on
+	make_loop $GATE -r --direct-io=on
 	loop=$REPLY
 	echo 4 >"$(sysfs_of "$loop")/queue/nr_requests"
-	addpart "$loop" 1 2048 4096
-	undo delpart "$loop" 1
-	wait_until 10 test -b "${loop}p1"
-	io "${loop}p1" 'write 0 end .'
-	make_cow test-part 4096 "${loop}p1" 1 cow_on_read
+	make_cow test-third 8192 "$loop" 1 cow_on_read
 	# all requests that the disk can have are held
-	io "$loop" "${CLOSE_GATE[@]}" 'bg check 0 4k ?' 'bg check 3M 4k ?' 'bg check 2M 4k ?' \
-		'bg check 1M 4k ?' 'held test-gate 4' 'open test-part' 'bg nowait check 0 64k .' \
-		'inflight /dev/mapper/test-part 1' 'pending 5' "$RELEASE" join 'check 0 64k .' \
-		'status test-part cached=16 errors=0'
+	io "$loop" "${CLOSE_GATE[@]}" 'bg check 1M 4k .' 'bg check 2M 4k .' 'bg check 3M 4k .' \
+		'bg check 3M 8k .' 'held test-gate 4' 'open test-third' 'bg nowait check 0 64k .' \
+		'inflight /dev/mapper/test-third 1' 'pending 5' "$RELEASE" join \
+		'status test-third cached=16 errors=0' 'check 0 64k .'
 }
 
 # What the base has more than it had is not shown, whoever has cached it.
@@ -472,5 +470,5 @@ run_tests \
 	evictions 'random I/O while the cache is small, and dropped' \
 	prefetches 'random I/O while prefetches start and end' \
 	rebases 'random I/O while the base is exchanged' \
-	partition 'a partition that is busy' \
+	busy 'a base that has no room for one more request' \
 	grown_base 'a base that grew between two overlays'
