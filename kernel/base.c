@@ -173,6 +173,19 @@ static unsigned long evict(struct nbdcow_base *base, unsigned long want, bool al
 	return dropped;
 }
 
+/* Drop what is more than the limit, but for what is under way. */
+static void trim(struct nbdcow_base *base)
+{
+	unsigned long limit = READ_ONCE(base->limit), now;
+
+	while ((now = atomic_long_read(&base->cached)) > limit) {
+		if (!evict(base, min_t(unsigned long, now - limit,
+				       NBDCOW_FETCH_MAX), false))
+			break;
+		cond_resched();
+	}
+}
+
 /* Room for @nr more blocks; with @replace at the cost of others. */
 static bool reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
 {
@@ -394,6 +407,8 @@ static void fetch_end(struct nbdcow_fetch *fetch, blk_status_t status)
 	}
 	if (status)
 		atomic_long_sub(fetch->nr, &base->cached);
+	else
+		trim(base);	/* the limit may have become lower meanwhile */
 	if (fetch->prefetch)
 		prefetch_ended(fetch->prefetch, status);
 	kfree(fetch);
@@ -838,17 +853,11 @@ static void update_limit(struct nbdcow_base *base)
 {
 	unsigned long limit = NBDCOW_NO_LIMIT;
 	struct nbdcow_target *t;
-	unsigned long now;
 
 	list_for_each_entry(t, &base->targets, list)
 		limit = min(limit, READ_ONCE(t->cache_limit));
 	WRITE_ONCE(base->limit, limit);
-	while ((now = atomic_long_read(&base->cached)) > limit) {
-		if (!evict(base, min_t(unsigned long, now - limit,
-				       NBDCOW_FETCH_MAX), false))
-			break;
-		cond_resched();
-	}
+	trim(base);
 }
 
 /**

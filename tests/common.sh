@@ -323,6 +323,9 @@ field_of()
 	metadata)	echo "${words[7]}" ;;
 	refused)	echo "${words[8]}" ;;
 	errors)		echo "${words[9]}" ;;
+	cached)		echo "${words[10]%/*}" ;;
+	evicted)	echo "${words[13]}" ;;
+	prefetch)	echo "${words[16]}" ;;
 	*)		fail "the status has no field $2" ;;
 	esac
 }

@@ -583,6 +583,7 @@ static int do_status(char **words)
 {
 	static const char *const names[] = {
 		"health", "used", "limit", "peak", "zeroed", "metadata", "refused", "errors",
+		"cached", "cache_limit", "hits", "misses", "evicted", "overlay", "base", "prefetch",
 	};
 	struct dm_call call;
 	unsigned int i;
@@ -901,7 +902,10 @@ static void do_left(unsigned int want)
 		die("%u commands have not ended, expected %u", n, want);
 }
 
-/* Whether a thread of ours sleeps in a kernel function whose name contains @where. */
+/*
+ * Whether a thread of ours sleeps in a kernel function whose name contains
+ * @where. User-Mode Linux would not know it from wchan.
+ */
 static bool asleep(const char *where)
 {
 	DIR *dir = opendir("/proc/self/task");
@@ -909,15 +913,15 @@ static bool asleep(const char *where)
 	bool found = false;
 
 	while (dir && !found && (entry = readdir(dir))) {
-		char name[300], symbol[128] = "";
+		char name[300], line[200];
 		FILE *f;
 
-		snprintf(name, sizeof(name), "/proc/self/task/%s/wchan", entry->d_name);
+		snprintf(name, sizeof(name), "/proc/self/task/%s/stack", entry->d_name);
 		f = fopen(name, "r");
 		if (!f)
 			continue;
-		if (fgets(symbol, sizeof(symbol), f) && strstr(symbol, where))
-			found = true;
+		while (!found && fgets(line, sizeof(line), f))
+			found = strstr(line, where);
 		fclose(f);
 	}
 	if (dir)
