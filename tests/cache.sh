@@ -248,7 +248,7 @@ prefetch_and_writes()
 	local before
 
 	before=$(reads $GATE)
-	prefetching 'bg check 0 64k .' 'bg check 1000k 100k .' "inflight $COW 2" 'write 4k 4k A' \
+	prefetching 'bg check 0 64k .' 'bg check 1000k 100k .' "inflight $COW 3" 'write 4k 4k A' \
 		'discard 8k 4k' 'open test-other' 'bg check 1M 4k .' 'held test-gate 2' \
 		"$RELEASE" join
 	prefetch_ends
