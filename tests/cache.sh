@@ -304,11 +304,17 @@ is_full()
 	[[ $(field test-cow prefetch) = full:* ]]
 }
 
+# has_at_most BLOCKS: the cache
+has_at_most()
+{
+	[ "$(field test-cow cached)" -le "$1" ]
+}
+
 prefetch_and_limit()
 {
 	prefetching 'message test-cow cache_limit 16' "$RELEASE"
 	wait_until 20 is_full
-	between 'cached' "$(field test-cow cached)" 0 16
+	wait_until 10 has_at_most 16
 	io $COW 'check 0 end .'
 }
 
@@ -324,7 +330,9 @@ rates()
 	between 'microseconds for 3 MiB' $((${EPOCHREALTIME/./} - start)) 1800000 20000000
 	io $COW "$DROP" 'message test-cow prefetch 0 1024 1'
 	wait_until 20 prefetch_is test-cow running:256/1024
-	io $COW 'message test-cow prefetch stop' 'message test-cow prefetch 0 1024'
+	dmsetup message test-cow 0 prefetch stop
+	# once the read that is under way has ended
+	wait_until 20 dmsetup message test-cow 0 prefetch 0 1024
 	prefetch_ends
 }
 

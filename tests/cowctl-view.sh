@@ -15,7 +15,7 @@ all_states()
 {
 	begin make_brd 1024
 	cowctl create test-cow base="$REPLY" size=2M
-	is 'the changes of a fresh copy' "$(ranges test-cow)" ''
+	is 'the changes of a fresh copy' "$(cowctl changes test-cow --json | jq -c .ranges)" '[]'
 	# beside each other, at both ends, and past the end of the base
 	io /dev/mapper/test-cow 'write 0 4k A' 'write 64k 8k B' 'discard 72k 4k' 'discard 0 4k' \
 		'write 1020k 8k C' 'discard 1500k 4k' 'write 2044k 4k D'
@@ -67,6 +67,7 @@ drawing()
 {
 	local rows
 
+	need python3
 	begin make_brd 4096
 	cowctl create test-cow base="$REPLY"
 	# a character is a block
@@ -83,6 +84,11 @@ drawing()
 	is 'the squares' "$(grep -c '<rect x=' "$work/map.svg")" 24
 	python3 -c 'import sys, xml.dom.minidom; xml.dom.minidom.parse(sys.argv[1])' "$work/map.svg"
 	says 1 'cannot write' cowctl map test-cow output="$work/none/map.svg"
+	cowctl map test-cow output=/dev/null
+	test -c /dev/null
+	says 1 'cannot write' cowctl map test-cow output=/dev/full
+	test -c /dev/full
+	says 2 'no JSON' cowctl map test-cow --json
 }
 
 prometheus()
@@ -101,6 +107,7 @@ prometheus()
 	fails grep -vE '^(# (HELP|TYPE) nbdcow_[a-z_]+ .+|nbdcow_[a-z_]+\{.*\} ([0-9]+|\+Inf))$' "$work/metrics"
 	is 'of one device' "$(cowctl status test-c2 --prometheus | grep -c '^nbdcow_size_bytes')" 1
 	says 2 'belongs to status' cowctl list --prometheus
+	says 2 'exclude each other' cowctl status --prometheus --json
 	cowctl remove 'test-c"1'
 }
 

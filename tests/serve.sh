@@ -162,7 +162,9 @@ limits()
 {
 	begin_serve make_brd 4096
 	base=$REPLY
-	serve base="$base" per-client=true limit=64K max-clients=2
+	serve base="$base" per-client=true limit=64K cache-limit=1M max-clients=2
+	# also when there is no client
+	is 'the limit of the cache' "$(member cache_limit "test-cow-$server-0")" 1048576
 	clients '
 a, b = connect(), connect()
 a.pwrite(b"A" * 65536, 0)
@@ -361,15 +363,20 @@ slow_holes()
 	undo rm -f "$work"/{nbd,nbd.pid}
 	start_nbdkit "$work/nbd" eval get_size='echo 1M' can_extents='exit 0' \
 		pread="head -c \$3 /dev/zero | tr '\\0' x" \
-		extents="sleep 8; echo '0 65536 zero'; echo '65536 983040'"
+		extents="while [ ! -e '$work/go' ]; do sleep 0.1; done
+			echo '0 65536 zero'; echo '65536 983040'"
+	undo rm -f "$work/go"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
 	is 'the map' "$(map "$uri")" '0+1048576:0'
+	touch "$work/go"
 	wait_until 30 learned 1
 	is 'the map' "$(map "$uri")" '0+65536:3 65536+983040:0'
 	stops TERM
+	rm "$work/go"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
 	learned 2
 	stops TERM
+	touch "$work/go"
 }
 
 # The sockets of systemd, which are open already and come with the environment.

@@ -5,13 +5,11 @@
  */
 #include <blkid/blkid.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <json-c/json.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -101,8 +99,8 @@ static int walk_all(struct walk *walk)
 	}
 	if (!err)
 		tell(walk);
-	return err ? fail(err, "cannot get the map of %s: %s", walk->cow->name,
-			  strerror(-err)) : 0;
+	return err ? fail(err == -EINVAL ? -EIO : err, "cannot get the map of %s: %s",
+			  walk->cow->name, strerror(-err)) : 0;
 }
 
 static int walk_device(const struct cow *cow, void (*visit)(const struct range *, void *),
@@ -115,6 +113,8 @@ static int walk_device(const struct cow *cow, void (*visit)(const struct range *
 	/* The block in which the base ends is partly its own. */
 	walk.base_end = cow->status.base_size_sectors * SECTOR_BYTES + BLOCK_BYTES - 1;
 	walk.base_end -= walk.base_end % BLOCK_BYTES;
+	if (!walk.base_end)	/* an older module does not tell */
+		walk.base_end = walk.bytes;
 	return walk_all(&walk);
 }
 
@@ -131,7 +131,7 @@ struct partition {
 
 struct changes {
 	bool json;
-	int lines;
+	bool any;			/* was printed */
 	uint64_t changed[KINDS];
 	struct partition *partitions;	/* in the order of where they start */
 	int nr;
@@ -145,12 +145,17 @@ static int by_start(const void *a, const void *b)
 }
 
 /* Those of the device as it is now, changes included; none if it has no table. */
-static void find_partitions(const char *path, struct changes *changes)
+static void find_partitions(const struct cow *cow, struct changes *changes)
 {
-	blkid_probe probe = blkid_new_probe_from_filename(path);
+	blkid_probe probe = NULL;
 	blkid_partlist list = NULL;
 	int nr;
 
+	/* A base that is away would fail the read, or hold it. */
+	if (strcmp(cow->status.health, "base-error"))
+		probe = blkid_new_probe_from_filename(cow->path);
+	if (!probe)
+		warn("the partitions of %s cannot be read", cow->name);
 	if (probe && !blkid_probe_enable_partitions(probe, 1))
 		list = blkid_probe_get_partitions(probe);
 	nr = list ? blkid_partlist_numof_partitions(list) : 0;
@@ -182,14 +187,22 @@ static void print_range(struct changes *changes, const struct range *range, int 
 		snprintf(number, sizeof(number), "%d", partition);
 	if (changes->json)
 		printf("%s\n    { \"start\": %" PRIu64 ", \"length\": %" PRIu64
-		       ", \"state\": \"%s\", \"partition\": %s }", changes->lines ? "," : "",
+		       ", \"state\": \"%s\", \"partition\": %s }", changes->any ? "," : "",
 		       range->start, range->end - range->start, kind_names[range->kind],
 		       partition ? number : "null");
 	else
 		printf("%20" PRIu64 " %20" PRIu64 "  %-10s %-8s %s\n", range->start,
 		       range->end - range->start, human_size(range->end - range->start, size),
 		       kind_names[range->kind], number);
-	changes->lines++;
+	changes->any = true;
+}
+
+static uint64_t overlap(const struct range *range, const struct partition *p)
+{
+	uint64_t start = range->start > p->start ? range->start : p->start;
+	uint64_t end = range->end < p->end ? range->end : p->end;
+
+	return start < end ? end - start : 0;
 }
 
 /* Prints a changed range, cut at the bounds of partitions. */
@@ -202,6 +215,9 @@ static void list_range(const struct range *range, void *arg)
 	changes->changed[range->kind] += range->end - range->start;
 	if (range->kind == UNCHANGED)
 		return;
+	/* Some tables have partitions within others. */
+	for (int j = 0; j < changes->nr; j++)
+		changes->partitions[j].changed += overlap(range, &changes->partitions[j]);
 	while (rest.start < range->end) {
 		struct partition *p = NULL;
 
@@ -217,8 +233,6 @@ static void list_range(const struct range *range, void *arg)
 				rest.end = p->end;
 			}
 		}
-		if (p)
-			p->changed += rest.end - rest.start;
 		print_range(changes, &rest, p ? p->number : 0);
 		rest.start = rest.end;
 	}
@@ -238,7 +252,7 @@ static void print_sums(const struct changes *changes)
 		return;
 	}
 	printf("%s],\n  \"written\": %" PRIu64 ",\n  \"zeroed\": %" PRIu64 ",\n  \"partitions\": [",
-	       changes->lines ? "\n  " : "", changes->changed[WRITTEN], changes->changed[ZEROED]);
+	       changes->any ? "\n  " : "", changes->changed[WRITTEN], changes->changed[ZEROED]);
 	for (int i = 0; i < changes->nr; i++)
 		printf("%s\n    { \"number\": %d, \"start\": %" PRIu64 ", \"length\": %" PRIu64
 		       ", \"changed\": %" PRIu64 " }", i ? "," : "", changes->partitions[i].number,
@@ -256,7 +270,7 @@ int cmd_changes(const struct args *args)
 
 	if (err)
 		return err;
-	find_partitions(cow.path, &changes);
+	find_partitions(&cow, &changes);
 	if (args->json)
 		printf("{\n  \"ranges\": [");
 	else
@@ -314,8 +328,8 @@ static enum kind look(const struct drawing *drawing, int cell, int *shade)
 	*shade = 0;
 	if (!changed)
 		return UNCHANGED;
-	while (*shade < SHADES && *shade * drawing->cell_bytes / SHADES < changed)
-		++*shade;
+	/* the last one only where nothing is left */
+	*shade = 1 + (int)((SHADES - 1) * changed / drawing->cell_bytes);
 	return bytes[WRITTEN] >= bytes[ZEROED] ? WRITTEN : ZEROED;
 }
 
@@ -411,25 +425,23 @@ static void print_svg(FILE *f, const struct cow *cow, const struct drawing *draw
 		human_size(drawing->cell_bytes, cell));
 }
 
-/* The file is there whole, or as it was before. */
+/* A file that could not be written whole is removed. */
 static int write_svg(const char *path, const struct cow *cow, const struct drawing *drawing)
 {
-	char *part = xasprintf("%s.part", path);
-	FILE *f = fopen(part, "we");
+	FILE *f = fopen(path, "we");
 	bool failed = !f;
+	struct stat st;
 	int err = 0;
 
 	if (f) {
 		print_svg(f, cow, drawing);
 		failed = ferror(f);
-		failed = fclose(f) || failed || rename(part, path);
+		failed = fclose(f) || failed;
 	}
-	if (failed) {
+	if (failed)
 		err = fail(-errno, "cannot write %s: %m", path);
-		if (f)
-			unlink(part);
-	}
-	free(part);
+	if (failed && f && !lstat(path, &st) && S_ISREG(st.st_mode))
+		unlink(path);
 	return err;
 }
 
@@ -441,7 +453,8 @@ int cmd_map(const struct args *args)
 		.columns = output ? SVG_COLUMNS : MAP_COLUMNS,
 	};
 	struct cow cow;
-	int err = find_cow(args, &cow) ?: draw(&cow, &drawing);
+	int err = args->json ? fail(-EINVAL, "map: there is no JSON of it; see changes") :
+		  find_cow(args, &cow) ?: draw(&cow, &drawing);
 
 	if (!err && output)
 		err = write_svg(output, &cow, &drawing);

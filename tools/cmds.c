@@ -111,12 +111,14 @@ static bool count_holder(const char *name, dev_t dev, void *arg)
 {
 	struct holders *holders = arg;
 	struct cow cow;
+	int err = -ENOTBLK;
 
-	if (strncmp(name, "dm-", 3) || dm_find_number(major(dev), minor(dev), &cow) ||
-	    cow.state != COW_LIVE)
-		holders->other = xasprintf("%s", name);
-	else
+	if (!strncmp(name, "dm-", 3))
+		err = dm_find_number(major(dev), minor(dev), &cow);
+	if (!err && cow.state != COW_FOREIGN)
 		holders->copies++;
+	else if (err != -ENODEV)	/* that one has gone meanwhile */
+		holders->other = xasprintf("%s", name);
 	return holders->other;
 }
 
@@ -975,7 +977,9 @@ static int show_metrics(const struct args *args)
 	struct cow cow;
 	int err;
 
-	if (args->named)
+	if (args->json)
+		err = fail(-EINVAL, "--json and --prometheus exclude each other");
+	else if (args->named)
 		err = find_cow(args, &cow) ?: add_described(&cow, list);
 	else
 		err = dm_each(add_described, list);

@@ -6,7 +6,11 @@
 
 _cowctl()
 {
-	local word=${COMP_WORDS[COMP_CWORD]} command=${COMP_WORDS[1]} line key values
+	local word=${COMP_WORDS[COMP_CWORD]} command='' line key values
+
+	for line in "${COMP_WORDS[@]:1:COMP_CWORD - 1}"; do
+		[[ $command || $line = -* ]] || command=$line
+	done
 
 	COMPREPLY=()
 	# bash takes = as a word of its own.
@@ -16,6 +20,7 @@ _cowctl()
 		key=${COMP_WORDS[COMP_CWORD - 2]}
 	fi
 	if [[ $key ]]; then
+		[[ $key =~ ^[a-z-]+$ ]] || return
 		values=$(cowctl help "$command" 2>/dev/null | sed -n "s/^  $key=\([^ ]*\).*/\1/p")
 		case $values in
 		BASE|PATH|FILE*)
@@ -28,7 +33,7 @@ _cowctl()
 		esac
 		return
 	fi
-	if [[ $COMP_CWORD = 1 || $command = help ]]; then
+	if [[ ! $command || $command = help ]]; then
 		values=$(cowctl --help | sed -n 's/^  \([a-z]*\)  .*/\1/p')
 		mapfile -t COMPREPLY < <(compgen -W "$values --help --version" -- "$word")
 		return
@@ -41,7 +46,7 @@ _cowctl()
 		key=${line%%=*}=
 		[[ $key != "$word"* ]] || COMPREPLY+=("$key")
 	done < <(cowctl help "$command" 2>/dev/null | sed -n 's/^  \([a-z-]*=\).*/\1/p')
-	if [[ $COMP_CWORD = 2 && $command != create && $command != list ]]; then
+	if [[ ${COMP_WORDS[COMP_CWORD - 1]} = "$command" && $command != create && $command != list ]]; then
 		for line in /dev/mapper/*; do
 			line=${line##*/}
 			[[ $line != "$word"* || $line = control ]] || COMPREPLY+=("$line")

@@ -489,8 +489,10 @@ int parse_status(const char *params, struct cow_status *status)
 	}
 	if (next_prefetch(&params, status))
 		return -EINVAL;
-	return next_number(&params, &status->queued) ?:
-	       next_number(&params, &status->base_size_sectors);
+	if (next_number(&params, &status->queued))
+		return -EINVAL;
+	/* 0: the module is older than that field */
+	return *params && next_number(&params, &status->base_size_sectors) ? -EINVAL : 0;
 }
 
 const char *human_size(uint64_t bytes, char buf[16])

@@ -271,7 +271,11 @@ static int learn_holes(const struct server *server, dev_t keeper)
 static int keep_base(struct server *server)
 {
 	uint64_t sectors = server->base.bytes / BLOCK_BYTES * (BLOCK_BYTES / SECTOR_BYTES);
-	char *params, *path, name[NAME_BYTES];
+	struct cow_table table = {
+		.major = major(server->base.dev), .minor = minor(server->base.dev),
+		.limit_blocks = NO_LIMIT,
+	};
+	char params[256], *path, name[NAME_BYTES];
 	dev_t dev;
 	int err;
 
@@ -279,9 +283,9 @@ static int keep_base(struct server *server)
 	if (!sectors || snprintf(name, sizeof(name), "%s-%ld-0", server->args->mangled,
 				 (long)getpid()) >= (int)sizeof(name))
 		return 0;
-	params = xasprintf("%u:%u 0", major(server->base.dev), minor(server->base.dev));
-	err = dm_server_create(name, sectors, params, &dev);
-	free(params);
+	err = parse_blocks(server->args, KEY_CACHE_LIMIT, &table.cache_limit_blocks) ?:
+	      format_table(&table, params, sizeof(params)) ?:
+	      dm_server_create(name, sectors, params, &dev);
 	if (err)
 		return err;
 	path = xasprintf("/dev/dm-%u", minor(dev));
@@ -289,7 +293,9 @@ static int keep_base(struct server *server)
 	if (server->keeper_fd < 0)
 		err = fail(-errno, "cannot open %s: %m", path);
 	free(path);
-	dm_server_remove(name, !err);
+	/* When it is not open that is now. */
+	if (dm_server_remove(name, true) && !err)
+		err = fail(-EIO, "cannot have %s removed with its last user", name);
 	return err ?: learn_holes(server, dev);
 }
 

@@ -13,6 +13,7 @@ exec 5>&1
 # figure WHAT VALUE GOAL: at most that
 figure()
 {
+	[[ $2 =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || fail "$1: '$2' is no number"
 	printf '# %-50s %8s   goal: %s\n' "$1" "$2" "$3" >&5
 	awk -v value="$2" -v goal="$3" 'BEGIN { exit !(value + 0 <= goal + 0) }' ||
 		missed+=("$1")
@@ -63,6 +64,7 @@ shared()
 # slice DEVICE: microseconds that it takes to read each block of it once
 slice()
 {
+	set -o pipefail
 	fio --name=slice --filename="$1" --rw=randread --bs=4k --ioengine=io_uring --direct=1 \
 		--iodepth=64 --iodepth_batch_submit=32 --iodepth_batch_complete_min=32 \
 		--iodepth_batch_complete_max=64 --gtod_reduce=1 --fixedbufs=1 \

@@ -371,7 +371,7 @@ static void test_status_lines(void)
 		"ok 1/2" REST " a-state-that-is-longer:1/2 0 8", "ok 1/2 3 4 5 6 7 8 9 10 11 12 13 - 0 8",
 		"a-health-word-that-is-longer-than-any 1/2" REST " - 0 8",
 		"ok 99999999999999999999/2" REST " - 0 8", "ok 1/2" REST " - 99999999999999999999 8",
-		"ok 1/2" REST " - 0", "ok 1/2" REST " - 0 x",
+		"ok 1/2" REST " - 0 x",
 	};
 	struct cow_status status;
 
@@ -388,6 +388,9 @@ static void test_status_lines(void)
 	EXPECT(!strcmp(status.prefetch, "running"), "prefetch");
 	EXPECT(status.prefetch_done == 15 && status.prefetch_total == 16, "prefetch");
 	EXPECT(status.queued == 17, "queued");
+	EXPECT(!parse_status("ok 1/2" REST " - 0", &status), "an older module");
+	EXPECT(!status.base_size_sectors, "an older module");
+	EXPECT(!parse_status("base-error 1/2" REST " running:15/16 17 18", &status), "all again");
 	EXPECT(status.base_size_sectors == 18, "size of the base");
 	EXPECT(!parse_status("ok 0/- 0 0 4096 0 0 0/- 0 0 0 0 0 - 0 8", &status), "no limit");
 	EXPECT(status.limit_blocks == NO_LIMIT, "no limit");
