@@ -434,6 +434,14 @@ refuses_busy_bases()
 	dmsetup remove --retry test-other
 	unset 'undo_list[-1]'
 
+	# but a copy that is just being made is none of these
+	dmsetup create test-other -u NBDCOW-1 --notable
+	undo dmsetup remove --retry test-other
+	dmsetup load test-other --table "0 4096 nbdcow $dev"
+	cowctl create test-cow base=$dev
+	cowctl remove test-cow
+	dmsetup clear test-other
+
 	make_file parts 4M
 	printf ',,L\n' | sfdisk -q "$work/parts"
 	make_loop "$work/parts" -P
