@@ -368,7 +368,8 @@ static void fetch_copy(struct nbdcow_fetch *fetch, struct bio *bio)
 /* One read less under way; the lock is held, and what wakes needs a barrier. */
 static void prefetch_less(struct nbdcow_prefetch *prefetch)
 {
-	if (--prefetch->inflight)
+	WRITE_ONCE(prefetch->inflight, prefetch->inflight - 1);
+	if (prefetch->inflight)
 		return;
 	smp_mb();	/* inflight before the look for who waits */
 	wake_up_var(&prefetch->inflight);
@@ -605,28 +606,26 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_target *t)
 	struct nbdcow_prefetch *prefetch = &t->prefetch;
 	struct nbdcow_base *base = t->base;
 	gfp_t gfp = nbdcow_gfp(NBDCOW_WORK);
-	struct nbdcow_fetch *fetch;
-	u64 run;
+	struct nbdcow_fetch *fetch = NULL;
+	u64 next = prefetch->next, run;
 
-	for (; prefetch->next < prefetch->end; prefetch->next += run) {
-		run = prefetch->end - prefetch->next;
-		if (nbdcow_base_hole(base, prefetch->next, run, &run))
-			continue;
-		run = nbdcow_cache_gap(base, prefetch->next,
-				       min_t(u64, run, NBDCOW_FETCH_MAX));
-		if (run) {
-			fetch = fetch_create(t, prefetch->next, run, gfp, false);
-			if (fetch)
-				prefetch->next += fetch->nr;
-			else if (!xa_load(&base->blocks, prefetch->next))
-				return NULL;
-			if (fetch)
-				return fetch;
+	while (!fetch && next < prefetch->end) {
+		run = prefetch->end - next;
+		if (!nbdcow_base_hole(base, next, run, &run)) {
+			run = nbdcow_cache_gap(base, next,
+					       min_t(u64, run, NBDCOW_FETCH_MAX));
+			if (run)
+				fetch = fetch_create(t, next, run, gfp, false);
+			if (run && !fetch && !xa_load(&base->blocks, next))
+				break;	/* no room or no memory */
+			/* else it is there, or on its way */
+			run = fetch ? fetch->nr : 1;
+			cond_resched();
 		}
-		run = 1;	/* is there, or on its way */
-		cond_resched();
+		next += run;
+		WRITE_ONCE(prefetch->next, next);	/* for the status */
 	}
-	return NULL;
+	return fetch;
 }
 
 /* Is it too early for the next read? Then the work comes again. */
@@ -657,7 +656,7 @@ static void prefetch_work(struct work_struct *work)
 			spin_unlock(&prefetch->lock);
 			return;
 		}
-		prefetch->inflight++;
+		WRITE_ONCE(prefetch->inflight, prefetch->inflight + 1);
 		spin_unlock(&prefetch->lock);
 
 		fetch = prefetch_next(t);

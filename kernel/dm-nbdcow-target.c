@@ -729,7 +729,7 @@ static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
 	queued = t->queue_errors && !t->queue_closed;
 	if (queued) {
 		bio_list_add(&t->queued, bio);
-		t->nr_queued++;
+		WRITE_ONCE(t->nr_queued, t->nr_queued + 1);
 		/* Under the lock: without the bio the target may be gone. */
 		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 	}
@@ -794,7 +794,7 @@ static void take_queued(struct nbdcow_target *t, struct bio_list *bios, bool all
 	while ((all || bio_list_empty(bios)) &&
 	       (bio = bio_list_pop(&t->queued))) {
 		bio_list_add(bios, bio);
-		t->nr_queued--;
+		WRITE_ONCE(t->nr_queued, t->nr_queued - 1);
 	}
 	spin_unlock_irq(&t->queue_lock);
 }
@@ -837,7 +837,7 @@ static void end_queued(struct nbdcow_target *t)
 void nbdcow_queue_errors(struct nbdcow_target *t, bool on)
 {
 	spin_lock_irq(&t->queue_lock);
-	t->queue_errors = on;
+	WRITE_ONCE(t->queue_errors, on);
 	spin_unlock_irq(&t->queue_lock);
 	if (!on)
 		end_queued(t);

@@ -129,7 +129,8 @@ static void rmw_work(struct work_struct *work)
 	spin_lock(&t->rmw_lock);
 	rmw_free(rmw);
 	bio = bio_list_pop(&t->rmw_waiting);
-	idle = !--t->rmw_inflight && !bio;
+	WRITE_ONCE(t->rmw_inflight, t->rmw_inflight - 1);
+	idle = !t->rmw_inflight && !bio;
 	spin_unlock(&t->rmw_lock);
 	if (bio) {
 		nbdcow_defer(t, bio);
@@ -156,7 +157,7 @@ static struct nbdcow_rmw *rmw_alloc(struct nbdcow_target *t)
 		rmw_free(rmw);
 		return NULL;
 	}
-	t->rmw_inflight++;
+	WRITE_ONCE(t->rmw_inflight, t->rmw_inflight + 1);
 	return rmw;
 }
 
