@@ -19,6 +19,8 @@
  * it are sent to the base as they are, each to fail or not by itself.
  */
 #include <linux/ioprio.h>
+#include <linux/ktime.h>
+#include <linux/math64.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
 #include <linux/slab.h>
@@ -631,12 +633,22 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_target *t)
 /* Is it too early for the next read? Then the work comes again. */
 static bool waits(struct nbdcow_prefetch *prefetch)
 {
-	long left = prefetch->not_before - jiffies;
+	s64 left = prefetch->not_before - ktime_get_ns();
 
-	if (!prefetch->rate || left <= 0)
+	/* What is less than a timer knows counts with the next pause. */
+	if (!prefetch->rate || left < TICK_NSEC)
 		return false;
-	queue_delayed_work(nbdcow_wq, &prefetch->work, left);
+	queue_delayed_work(nbdcow_wq, &prefetch->work, nsecs_to_jiffies(left));
 	return true;
+}
+
+/* For as long as blocks take at the rate, from when the last pause ended. */
+static void add_pause(struct nbdcow_prefetch *prefetch, unsigned int blocks)
+{
+	u64 kib = (u64)blocks * NBDCOW_BLOCK_BYTES / 1024;
+
+	prefetch->not_before = max(prefetch->not_before, ktime_get_ns()) +
+			       div_u64(kib * NSEC_PER_SEC, prefetch->rate);
 }
 
 static void prefetch_work(struct work_struct *work)
@@ -664,8 +676,7 @@ static void prefetch_work(struct work_struct *work)
 			break;
 		fetch->prefetch = prefetch;
 		if (prefetch->rate)
-			prefetch->not_before = jiffies + fetch->nr *
-				NBDCOW_BLOCK_BYTES / 1024 * HZ / prefetch->rate;
+			add_pause(prefetch, fetch->nr);
 		fetch_read(fetch, 0);
 	}
 
@@ -710,7 +721,7 @@ int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 	prefetch->next = block;
 	prefetch->end = block + min(count, blocks - block);
 	prefetch->rate = rate;
-	prefetch->not_before = jiffies;
+	prefetch->not_before = 0;
 	prefetch->state = NBDCOW_PREFETCH_RUNNING;
 	spin_unlock(&prefetch->lock);
 	/* One that was stopped may have left a pause behind. */

@@ -121,7 +121,7 @@ struct nbdcow_prefetch {
 	unsigned int rate;	/* most KiB a second, or 0; constant while it runs */
 	u64 first, end;		/* blocks; constant while it runs */
 	u64 next;		/* where to go on; the work's own */
-	unsigned long not_before; /* jiffies; likewise */
+	u64 not_before;		/* no read till then, in ns of ktime; likewise */
 	struct delayed_work work; /* begins reads */
 };
 

@@ -321,7 +321,7 @@ prefetch_and_limit()
 # A prefetch keeps to its rate, and leaves nothing of that to the next one.
 rates()
 {
-	local start
+	local start i gaps=()
 
 	begin
 	start=${EPOCHREALTIME/./}
@@ -334,6 +334,17 @@ rates()
 	# once the read that is under way has ended
 	wait_until 20 dmsetup message test-cow 0 prefetch 0 1024
 	prefetch_ends
+
+	# small reads as well, of which none is as long as a tick of the kernel
+	io $COW "$DROP"
+	for ((i = 0; i < 512; i += 2)); do
+		gaps+=("check $((4 * i))k 4k .")
+	done
+	io $COW "${gaps[@]}"
+	start=${EPOCHREALTIME/./}
+	dmsetup message test-cow 0 prefetch 0 512 1024
+	wait_until 20 prefetch_is test-cow done:512/512
+	between 'microseconds for 1 MiB' $((${EPOCHREALTIME/./} - start)) 900000 20000000
 }
 
 #
