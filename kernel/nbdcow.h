@@ -30,9 +30,9 @@
 /* Shard locks of an overlay, and its locks of installers. */
 #define NBDCOW_SHARDS		16
 #define NBDCOW_INSTALLERS	64
-/* Read-modify-writes of a device under way at once, and those sure of memory. */
+/* Read-modify-writes of a device under way at once; one is sure of memory. */
 #define NBDCOW_RMW_MAX		256
-#define NBDCOW_RMW_RESERVE	4
+#define NBDCOW_RMW_RESERVE	1
 #define NBDCOW_RMW_HASH_BITS	5
 
 static inline u64 nbdcow_block(sector_t sector)
