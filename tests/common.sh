@@ -94,11 +94,12 @@ need_module()
 	modprobe "$@" || skip "needs the kernel module $1"
 }
 
-# A line of /proc/meminfo, in KiB.
+# A line of /proc/meminfo, in KiB; first all CPUs tell what they have counted.
 meminfo()
 {
 	local name value
 
+	echo 1 >/proc/sys/vm/stat_refresh
 	while read -r name value _; do
 		[ "$name" != "$1:" ] || echo "$value"
 	done </proc/meminfo
