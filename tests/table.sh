@@ -244,7 +244,7 @@ module_stays_while_used()
 		fails rmmod dm-nbdcow
 	done
 	wait $player
-	is 'the number of words of a status' "$(dmsetup status test-cow | wc -w)" 18
+	is 'the number of words of a status' "$(dmsetup status test-cow | wc -w)" 19
 }
 
 # Right after the last device, of which parts are still being freed.
