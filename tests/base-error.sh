@@ -87,7 +87,7 @@ one_bad_block()
 # A base on an NBD server, of which another copy stays.
 start_server()
 {
-	rm -f "$work/socket" "$work/socket.pid"
+	rm -f "$work/socket"
 	start_nbdkit "$work/socket" -r file "$work/base4194304"
 }
 

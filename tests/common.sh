@@ -165,12 +165,23 @@ make_loop_base()
 # start_nbdkit SOCKET ARGUMENT...
 start_nbdkit()
 {
-	local socket=$1 pid
+	local socket=$1
 
 	shift
-	nbdkit -U "$socket" -P "$socket.pid" "$@"
-	wait_until 10 test -s "$socket.pid"
-	pid=$(<"$socket.pid")
+	run_nbdkit "$socket.pid" -U "$socket" "$@"
+}
+
+# run_nbdkit PIDFILE ARGUMENT...: nbdkit is in the background before it writes
+# the file, and leaves it there when it ends
+run_nbdkit()
+{
+	local file=$1 pid
+
+	shift
+	rm -f "$file"
+	nbdkit -P "$file" "$@"
+	wait_until 10 grep -qs . "$file"
+	pid=$(<"$file")
 	undo stop_nbdkit "$pid"
 }
 

@@ -157,8 +157,6 @@ make_image_content()
 # the copy is made
 make_bases()
 {
-	local pid
-
 	need cowctl strace nbdkit nbd-client
 	need_module nbd
 	make_brd 1024
@@ -166,14 +164,10 @@ make_bases()
 	make_file disk.img 1M
 	make_image_content
 	image=base=$work/disk.img
-	# or the next test would take these process ids for those of its servers
 	undo rm -f "$work"/{socket,socket.pid,tcp.pid}
 	start_nbdkit "$work/socket" file "$work/disk.img"
 	uri="base=nbd+unix:///?socket=$work/socket"
-	nbdkit -i 127.0.0.1 -p 10999 -P "$work/tcp.pid" file "$work/disk.img"
-	wait_until 10 test -s "$work/tcp.pid"
-	pid=$(<"$work/tcp.pid")
-	undo stop_nbdkit "$pid"
+	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10999 file "$work/disk.img"
 	tcp=base=nbd://127.0.0.1:10999
 	undo sweep
 }

@@ -114,9 +114,7 @@ copy_over_nbd()
 	done
 	image_is_unchanged
 
-	nbdkit -i 127.0.0.1 -p 10999 -P "$work/tcp.pid" file "$work/disk.img"
-	wait_until 10 test -s "$work/tcp.pid"
-	undo stop_nbdkit "$(<"$work/tcp.pid")"
+	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10999 file "$work/disk.img"
 	for uri in nbd://127.0.0.1:10999 nbd://localhost:10999/any; do
 		cowctl create test-cow base="$uri"
 		io /dev/mapper/test-cow 'check 0 end .'
@@ -315,9 +313,7 @@ cannot_export()
 	undo rm -f "$work"/{socket,socket.pid}
 	start_nbdkit "$work/socket" null
 	says 4 'is in use' cowctl export test-cow socket="$work/socket"
-	nbdkit -i 127.0.0.1 -p 10997 -P "$work/tcp.pid" null
-	wait_until 10 test -s "$work/tcp.pid"
-	undo stop_nbdkit "$(<"$work/tcp.pid")"
+	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10997 null
 	says 4 'port 10997 of 127.0.0.1 is in use' cowctl export test-cow port=10997
 	says 4 'port 10997 of 127.0.0.1 is in use' cowctl export test-cow port=10997 server=nbd-server
 	is 'what is left' "$(run_files)" ''
