@@ -94,12 +94,13 @@ need_module()
 	modprobe "$@" || skip "needs the kernel module $1"
 }
 
-# A line of /proc/meminfo, in KiB; first all CPUs tell what they have counted.
+# A line of /proc/meminfo, in KiB; first all CPUs, if they are many, tell
+# what they have counted.
 meminfo()
 {
-	local name value
+	local refresh=/proc/sys/vm/stat_refresh name value
 
-	echo 1 >/proc/sys/vm/stat_refresh
+	[ ! -e $refresh ] || echo 1 >$refresh
 	while read -r name value _; do
 		[ "$name" != "$1:" ] || echo "$value"
 	done </proc/meminfo
