@@ -28,6 +28,7 @@
 /* 6.5: block devices are opened with blk_mode_t. */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 5, 0)
 #define BLK_OPEN_READ		FMODE_READ
+#define BLK_OPEN_WRITE		FMODE_WRITE
 #endif
 
 /* 6.3: filemap_get_folio() returns an error pointer instead of NULL. */

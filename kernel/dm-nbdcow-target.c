@@ -60,17 +60,17 @@
  *	overlays_mutex	the list of overlays, references
  *	ov->mutex	replacing the layer (reset, growth); event target
  *	shard lock	by leaf; read: install blocks, write: remove them; a
- *			reset holds all of them
+ *			reset and a freeze hold all of them
  *	installer lock	by 2 MiB: one installs at a time
  *	page lock	serialises writers of a block; keeps reclaim, migration
- *			and removal away
+ *			and removal away; a layer's before a view's
  *	rmw_lock	read-modify-write descriptors of a target; a leaf lock
  *	queue_lock	failed reads of the base that wait; a leaf lock
  *	prefetch lock	what a prefetch is at; a leaf lock
  *	a base's xarray	which blocks are cached, joining a fetch; a leaf lock
  *
- * The layer is read under RCU or any shard lock. In the I/O path all
- * allocations are GFP_NOIO; elsewhere no shard lock is held during one.
+ * The layer is read under RCU or any shard lock. All allocations in the I/O path
+ * or under a shard lock are GFP_NOIO.
  *
  * Installing a block
  * ------------------
@@ -110,6 +110,26 @@
  * read is under way join it; the descriptor leaves the hash before the install
  * looks at the state, so that nobody joins too late.
  *
+ * Views
+ * -----
+ * A view (view.c) shows the overlay as it was at one instant, while the device
+ * goes on. Its freeze holds all shard locks: it copies the map, and keeps the
+ * layer from going with a reset. From then on a block that was OVERLAY is copied
+ * to the view's own file before it changes, under the page locks, and is then
+ * "saved"; what a view needs is looked at once for each view and change:
+ *  - a rewrite without the shard lock looks under the page lock, and leaves
+ *    blocks that are needed to one with it. If it saw no view, then its bytes are
+ *    there before anybody can read the page for the view: it came before.
+ *  - a rewrite under the shard lock excludes the freeze, and changes the page
+ *    only after the block was saved; the look for rewrites without the shard lock
+ *    lets them pass only then, too.
+ *  - a discard holds the shard lock for write and saves before the state changes.
+ *  - a reset leaves the view its layer, which nobody changes any more.
+ *  - a reader of a block that is not saved locks the page, and looks again.
+ * A change never fails for a view: where a block cannot be saved, the view fails.
+ * So at most as many blocks are saved as the overlay had; they count in the total
+ * of all overlays, but not in the overlay's limit.
+ *
  * Failures
  * --------
  * A new block over a limit, or without memory: that write fails, its block
@@ -121,7 +141,7 @@
  * -------
  * nbdcow_target is a table, which has one line. nbdcow_overlay holds the
  * changes; it is shared by all tables of one mapped device, so that a reload
- * keeps it, and goes with the last of them. I/O reaches it through one table at
+ * keeps it, and goes with the last of them and of its views. I/O reaches it through one table at
  * a time, since device-mapper suspends the old one first. It fixes the size of
  * the base, so that a base that shrinks gives errors and not zeroes. nbdcow_base
  * is what all targets on one base device share; it goes with the last of them.
@@ -234,7 +254,7 @@ static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
 
 /**
  * nbdcow_extent() - where a block lives, and for how long that lasts
- * @t: the target
+ * @ti: the target
  * @block: first block
  * @max: most blocks that the caller cares for
  * @run: set to the number of blocks for which the answer is the same
@@ -243,8 +263,9 @@ static enum nbdcow_state state_at(struct nbdcow_target *t, sector_t sector,
  * Return: b for the base, h for a known hole of the base, o for the overlay, z
  *	for zeroes of the overlay's or past the end of the base.
  */
-char nbdcow_extent(struct nbdcow_target *t, u64 block, u64 max, u64 *run)
+char nbdcow_extent(struct dm_target *ti, u64 block, u64 max, u64 *run)
 {
+	struct nbdcow_target *t = ti->private;
 	u64 base_blocks = DIV_ROUND_UP_ULL(t->overlay->base_sectors,
 					   NBDCOW_BLOCK_SECTORS);
 
@@ -1248,8 +1269,13 @@ static int __init nbdcow_init(void)
 	ret = dm_register_target(&nbdcow_target_type);
 	if (ret)
 		goto bad_wq;
+	ret = dm_register_target(&nbdcow_view_type);
+	if (ret)
+		goto bad_target;
 	return 0;
 
+bad_target:
+	dm_unregister_target(&nbdcow_target_type);
 bad_wq:
 	destroy_workqueue(nbdcow_wq);
 bad_shrinker:
@@ -1261,6 +1287,7 @@ bad_map:
 
 static void __exit nbdcow_exit(void)
 {
+	dm_unregister_target(&nbdcow_view_type);
 	dm_unregister_target(&nbdcow_target_type);
 	destroy_workqueue(nbdcow_wq);
 	nbdcow_shrinker_exit();

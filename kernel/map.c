@@ -108,6 +108,46 @@ void nbdcow_map_take_over(struct nbdcow_map *new, struct nbdcow_map *old)
 }
 
 /**
+ * nbdcow_map_copy() - make a map say what another one says
+ * @to: the map, which nobody uses yet
+ * @from: the other one, of the same size; nobody may change it during the call
+ * @gfp: how to allocate the leaves
+ *
+ * Context: process context; sleeps if @gfp may.
+ * Return: 0, or -ENOMEM with a part copied, after which it can be called again.
+ */
+int nbdcow_map_copy(struct nbdcow_map *to, const struct nbdcow_map *from,
+		    gfp_t gfp)
+{
+	unsigned long i;
+
+	for (i = 0; i < from->nr_slots; i++) {
+		struct nbdcow_leaf *leaf, *copy;
+
+		leaf = rcu_dereference_protected(from->leaves[i], 1);
+		copy = rcu_dereference_protected(to->leaves[i], 1);
+		if (!is_leaf(leaf)) {
+			if (is_leaf(copy)) {
+				kmem_cache_free(leaf_cache, copy);
+				atomic_long_dec(&to->nr_leaves);
+			}
+			RCU_INIT_POINTER(to->leaves[i], leaf);
+			continue;
+		}
+		if (!is_leaf(copy)) {
+			copy = kmem_cache_alloc(leaf_cache, gfp);
+			if (!copy)
+				return -ENOMEM;
+			atomic_long_inc(&to->nr_leaves);
+		}
+		memcpy(copy, leaf, sizeof(*copy));
+		RCU_INIT_POINTER(to->leaves[i], copy);
+	}
+	atomic_long_set(&to->zeroed, atomic_long_read(&from->zeroed));
+	return 0;
+}
+
+/**
  * nbdcow_map_destroy() - free a map and its leaves
  * @map: the map, which no reader can see any more, or NULL
  *

@@ -56,6 +56,8 @@ void nbdcow_map_exit(void);
 
 struct nbdcow_map *nbdcow_map_create(u64 nr_blocks, gfp_t gfp);
 void nbdcow_map_take_over(struct nbdcow_map *new, struct nbdcow_map *old);
+int nbdcow_map_copy(struct nbdcow_map *to, const struct nbdcow_map *from,
+		    gfp_t gfp);
 void nbdcow_map_destroy(struct nbdcow_map *map);
 size_t nbdcow_map_bytes(const struct nbdcow_map *map);
 

@@ -328,14 +328,14 @@ static int message_drop_cache(struct nbdcow_target *t, unsigned int argc,
 }
 
 /* Two numbers: a block and a number of blocks. */
-static int range_argument(struct nbdcow_target *t, const char *name, char **argv,
+static int range_argument(struct dm_target *ti, const char *name, char **argv,
 			  u64 *block, u64 *count)
 {
 	if (isdigit(*argv[0]) && !kstrtou64(argv[0], 10, block) &&
 	    isdigit(*argv[1]) && !kstrtou64(argv[1], 10, count) && *count)
 		return 0;
 	DMERR("%s: %s: expected a block and a number of blocks, got %s %s",
-	      device_name(t), name, argv[0], argv[1]);
+	      dm_table_device_name(ti->table), name, argv[0], argv[1]);
 	return -EINVAL;
 }
 
@@ -355,7 +355,7 @@ static int message_prefetch(struct nbdcow_target *t, unsigned int argc,
 		      device_name(t), argv[1]);
 		return -EINVAL;
 	}
-	if (range_argument(t, argv[0], argv + 1, &block, &count))
+	if (range_argument(t->ti, argv[0], argv + 1, &block, &count))
 		return -EINVAL;
 	if (argc == 4 && (kstrtouint(argv[3], 10, &rate) || !rate)) {
 		DMERR("%s: prefetch: expected a number of KiB per second, got %s",
@@ -379,7 +379,7 @@ static int message_holes(struct nbdcow_target *t, unsigned int argc, char **argv
 			      device_name(t));
 			return -EINVAL;
 		}
-		if (range_argument(t, argv[0], argv + i, &block, &count))
+		if (range_argument(t->ti, argv[0], argv + i, &block, &count))
 			return -EINVAL;
 		ret = nbdcow_base_add_hole(t, block, count);
 		if (ret) {
@@ -391,31 +391,43 @@ static int message_holes(struct nbdcow_target *t, unsigned int argc, char **argv
 	return 0;
 }
 
-/*
- * "<block> <blocks>": where they live, as "<blocks><letter>" for each run: b for
- * the base, h for a known hole of it, o for the overlay, z for zeroes. As many
- * runs as fit; the caller goes on behind them.
+/**
+ * nbdcow_extents() - answer a message `extents <block> <blocks>'
+ * @ti: the target
+ * @argc: number of words
+ * @argv: words
+ * @result: buffer for the answer
+ * @maxlen: its size in bytes
+ * @extent: what a block is, as a letter, and for how many that is so
+ *
+ * The answer is "<blocks><letter>" for each run, as many as fit; the caller goes
+ * on behind them.
+ *
+ * Context: process context, sleeps.
+ * Return: 1, -EINVAL for bad arguments, -ERANGE for a block past the end.
  */
-static int message_extents(struct nbdcow_target *t, unsigned int argc,
-			   char **argv, char *result, unsigned int maxlen)
+int nbdcow_extents(struct dm_target *ti, unsigned int argc, char **argv,
+		   char *result, unsigned int maxlen,
+		   char (*extent)(struct dm_target *ti, u64 block, u64 max,
+				  u64 *run))
 {
-	u64 blocks = DIV_ROUND_UP_ULL(t->ti->len, NBDCOW_BLOCK_SECTORS);
+	u64 blocks = DIV_ROUND_UP_ULL(ti->len, NBDCOW_BLOCK_SECTORS);
 	u64 block, count, run, length = 0;
 	unsigned int sz = 0;
 	char kind = 0, last;
 
-	if (range_argument(t, argv[0], argv + 1, &block, &count))
+	if (range_argument(ti, argv[0], argv + 1, &block, &count))
 		return -EINVAL;
 	if (block >= blocks) {
 		DMERR("%s: extents: the device has %llu blocks, got %s",
-		      device_name(t), blocks, argv[1]);
+		      dm_table_device_name(ti->table), blocks, argv[1]);
 		return -ERANGE;
 	}
 	count = min(count, blocks - block);
 	*result = '\0';
 	while (count) {
 		last = kind;
-		kind = nbdcow_extent(t, block, count, &run);
+		kind = extent(ti, block, count, &run);
 		if (kind != last && length) {
 			/* the longest run, a blank, and the core's reserve */
 			if (sz + 64 > maxlen)
@@ -431,6 +443,12 @@ static int message_extents(struct nbdcow_target *t, unsigned int argc,
 	if (sz + 64 <= maxlen)
 		DMEMIT("%llu%c", length, kind);
 	return 1;
+}
+
+static int message_extents(struct nbdcow_target *t, unsigned int argc,
+			   char **argv, char *result, unsigned int maxlen)
+{
+	return nbdcow_extents(t->ti, argc, argv, result, maxlen, nbdcow_extent);
 }
 
 static const struct {

@@ -45,6 +45,7 @@ struct nbdcow_layer {
 	struct nbdcow_map *map;	/* block states; replaced only with the layer */
 	struct file *file;	/* blocks in state OVERLAY, at block * 4096 */
 	atomic_long_t used;	/* blocks stored or being installed */
+	struct kref kref;	/* the overlay's, and one per view */
 };
 
 struct nbdcow_shard {
@@ -73,14 +74,28 @@ struct nbdcow_overlay {
 	atomic_t level;		/* enum nbdcow_level, to see it rise */
 	bool store_full;	/* there was no page for the last new block */
 	struct mem_cgroup *memcg; /* creator's, charged for pages and leaves */
-	struct mutex mutex;	/* reset, growth, event_ti */
+	struct mutex mutex;	/* reset, growth, views, event_ti */
+	struct list_head views;	/* change under mutex and all shards; RCU */
 	struct dm_target *event_ti; /* whose table gets events; under mutex */
 	struct work_struct event_work; /* sends one */
-	struct kref kref;	/* one per table; under overlays_mutex */
-	struct list_head list;	/* all overlays; under overlays_mutex */
-	struct mapped_device *md; /* key of the overlay, constant */
+	struct kref kref;	/* one per table and view */
+	unsigned int tables;	/* how many; under overlays_mutex */
+	struct list_head list;	/* those with a table; under overlays_mutex */
+	struct mapped_device *md; /* key of the overlay, gone after its tables */
 	sector_t base_sectors;	/* size of the base, constant: one view for all */
 	char *tmpfs_dir;	/* as given, or NULL; constant */
+};
+
+/* What the overlay was at one instant. Blocks that change later are saved. */
+struct nbdcow_view {
+	struct nbdcow_overlay *overlay;
+	struct list_head list;	/* the overlay's views */
+	struct nbdcow_layer *layer; /* of that instant; NULL before, then constant */
+	struct nbdcow_map *states; /* likewise; OVERLAY: in layer, unless saved */
+	struct nbdcow_map *saved; /* OVERLAY: in file; changes as a layer's map */
+	struct file *file;	/* blocks as they were */
+	atomic_long_t nr_saved;	/* how many */
+	bool failed;		/* one could not be saved: the view is lost */
 };
 
 enum nbdcow_level {
@@ -189,7 +204,7 @@ int nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
 void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status);
 void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
 			blk_status_t status);
-char nbdcow_extent(struct nbdcow_target *t, u64 block, u64 max, u64 *run);
+char nbdcow_extent(struct dm_target *ti, u64 block, u64 max, u64 *run);
 void nbdcow_queue_errors(struct nbdcow_target *t, bool on);
 bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name);
 void nbdcow_read_base(struct bio *bio);
@@ -219,6 +234,13 @@ void nbdcow_overlay_set_event(struct nbdcow_overlay *ov, struct dm_target *ti,
 			      bool on);
 enum nbdcow_level nbdcow_overlay_level(struct nbdcow_overlay *ov);
 
+struct nbdcow_view *nbdcow_view_create(dev_t dev, sector_t sectors, char **error);
+void nbdcow_view_destroy(struct nbdcow_view *view);
+int nbdcow_view_freeze(struct nbdcow_view *view);
+enum nbdcow_state nbdcow_view_state(struct nbdcow_view *view, u64 block, u64 max,
+				    u64 *run);
+int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece);
+
 /* store.c */
 struct file *nbdcow_store_create(const char *dir, char **error);
 struct file *nbdcow_store_another(struct file *file);
@@ -235,6 +257,7 @@ void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
 		     unsigned int bytes);
 void nbdcow_copy_from_page(struct nbdcow_piece *piece, struct page *page);
 void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page);
+void nbdcow_copy_block(struct page *to, struct page *from, u64 block);
 void nbdcow_fill_page(const struct nbdcow_piece *piece, struct page *page,
 		      const void *content);
 
@@ -271,5 +294,12 @@ void nbdcow_status(struct dm_target *ti, status_type_t type,
 		   unsigned int status_flags, char *result, unsigned int maxlen);
 int nbdcow_message(struct dm_target *ti, unsigned int argc, char **argv,
 		   char *result, unsigned int maxlen);
+int nbdcow_extents(struct dm_target *ti, unsigned int argc, char **argv,
+		   char *result, unsigned int maxlen,
+		   char (*extent)(struct dm_target *ti, u64 block, u64 max,
+				  u64 *run));
+
+/* view.c */
+extern struct target_type nbdcow_view_type;
 
 #endif

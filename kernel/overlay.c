@@ -55,6 +55,17 @@ static void layer_destroy(struct nbdcow_layer *layer)
 	kfree(layer);
 }
 
+static void layer_release(struct kref *kref)
+{
+	layer_destroy(container_of(kref, struct nbdcow_layer, kref));
+}
+
+/* Drop a reference. The layer cannot be seen any more by who had it. */
+static void layer_put(struct nbdcow_layer *layer)
+{
+	kref_put(&layer->kref, layer_release);
+}
+
 /* A layer around an empty @file, which it takes over, also when it fails. */
 static struct nbdcow_layer *layer_create(u64 nr_blocks, struct file *file,
 					 gfp_t gfp)
@@ -68,6 +79,7 @@ static struct nbdcow_layer *layer_create(u64 nr_blocks, struct file *file,
 		nbdcow_store_destroy(file);
 		return ERR_PTR(-ENOMEM);
 	}
+	kref_init(&layer->kref);
 	layer->file = file;
 	layer->map = nbdcow_map_create(nr_blocks, gfp);
 	if (!layer->map) {
@@ -237,6 +249,34 @@ enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block)
 	return state;
 }
 
+/* Does the view need the block as it is? Under RCU or the block's shard lock. */
+static bool view_needs(struct nbdcow_view *view, struct nbdcow_layer *layer,
+		       u64 block)
+{
+	/* Pairs with the release in nbdcow_view_freeze(): states are there. */
+	return smp_load_acquire(&view->layer) == layer &&
+	       !READ_ONCE(view->failed) &&
+	       nbdcow_map_state(view->states, block) == NBDCOW_OVERLAY &&
+	       nbdcow_map_state(view->saved, block) != NBDCOW_OVERLAY;
+}
+
+/* Does any? */
+static bool is_viewed(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+		      u64 block)
+{
+	struct nbdcow_view *view;
+	bool needed = false;
+
+	rcu_read_lock();
+	list_for_each_entry_rcu(view, &ov->views, list) {
+		needed = view_needs(view, layer, block);
+		if (needed)
+			break;
+	}
+	rcu_read_unlock();
+	return needed;
+}
+
 /**
  * nbdcow_overlay_copy() - read or rewrite stored blocks one after the other
  * @ov: the overlay
@@ -273,6 +313,8 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 		if (likely(ok)) {
 			ok = nbdcow_map_state(layer->map, piece->block) ==
 			     NBDCOW_OVERLAY;
+			if (ok && write)
+				ok = !is_viewed(ov, layer, piece->block);
 			if (ok && write) {
 				nbdcow_copy_to_page(piece, page);
 				set_page_dirty(page);
@@ -353,6 +395,89 @@ out:
 	return ret;
 }
 
+/* Keep a block, which is stored, for a view as it is. */
+static int save_block(struct nbdcow_view *view, u64 block,
+		      enum nbdcow_context context)
+{
+	gfp_t gfp = nbdcow_gfp(context) | __GFP_ACCOUNT;
+	struct page *from, *to;
+	int ret;
+
+	if (!add_below(&nbdcow_total_used, READ_ONCE(nbdcow_total_limit)))
+		return -EDQUOT;
+	ret = nbdcow_map_prepare(view->saved, block, gfp);
+	if (ret)
+		goto bad;
+	from = nbdcow_store_get_locked(view->layer->file, block, context, true);
+	if (IS_ERR(from)) {
+		ret = PTR_ERR(from);
+		goto bad;
+	}
+	to = nbdcow_store_get_locked(view->file, block, context, false);
+	if (IS_ERR(to)) {
+		ret = PTR_ERR(to);
+		goto bad_from;
+	}
+	nbdcow_copy_block(to, from, block);
+	set_page_dirty(to);
+	atomic_long_inc(&view->nr_saved);
+	/* Before the block's page is unlocked: nobody may change it earlier. */
+	nbdcow_map_change(view->saved, block, 1, NBDCOW_OVERLAY);
+	unlock_page(to);
+	put_page(to);
+	unlock_page(from);
+	put_page(from);
+	return 0;
+
+bad_from:
+	unlock_page(from);
+	put_page(from);
+bad:
+	atomic_long_dec(&nbdcow_total_used);
+	return ret;
+}
+
+/*
+ * Before a block that is stored changes, keep it for the views that need it. A
+ * view for which that cannot be done is lost; the change is not. Returns 0, and
+ * elsewhere than in NBDCOW_WORK -EAGAIN and -EINPROGRESS as for a write.
+ */
+static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+			  u64 block, enum nbdcow_context context)
+{
+	struct mutex *lock = installer_lock(ov, block);
+	struct mem_cgroup *old_memcg;
+	struct nbdcow_view *view;
+	int ret = 0;
+
+	if (likely(!is_viewed(ov, layer, block)))
+		return 0;
+	if (context != NBDCOW_NOWAIT)
+		mutex_lock(lock);
+	else if (!mutex_trylock(lock))
+		return -EAGAIN;
+
+	old_memcg = set_active_memcg(ov->memcg);
+	list_for_each_entry(view, &ov->views, list) {
+		if (!view_needs(view, layer, block))
+			continue;
+		ret = save_block(view, block, context);
+		if (!ret)
+			continue;
+		if (context != NBDCOW_WORK) {
+			ret = context == NBDCOW_NOWAIT ? -EAGAIN : -EINPROGRESS;
+			break;
+		}
+		WRITE_ONCE(view->failed, true);
+		DMWARN_LIMIT("%s: a view is lost: cannot keep a block for it (error %d)",
+			     dm_device_name(ov->md), ret);
+		ret = 0;
+	}
+	set_active_memcg(old_memcg);
+	mutex_unlock(lock);
+	return ret;
+}
+
 /* Copy the piece to its locked page and publish the block if it is new. */
 static void fill_and_publish(struct nbdcow_layer *layer,
 			     struct nbdcow_piece *piece, struct page *page,
@@ -370,8 +495,13 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 static int rewrite(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 		   struct nbdcow_piece *piece)
 {
-	struct page *page = get_stored(ov, layer, piece);
+	struct page *page;
+	int ret;
 
+	ret = save_for_views(ov, layer, piece->block, piece->context);
+	if (ret)
+		return ret;
+	page = get_stored(ov, layer, piece);
 	if (IS_ERR(page))
 		return PTR_ERR(page);
 	fill_and_publish(layer, piece, page, NBDCOW_OVERLAY);
@@ -538,13 +668,17 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 {
 	struct nbdcow_layer *layer = layer_of(ov);
 	struct mem_cgroup *old_memcg;
-	unsigned long stored;
+	unsigned long stored, i;
 	int ret;
 
 	lockdep_assert_held_write(shard_lock(ov, block));
 
 	if (nbdcow_map_is_uniform(layer->map, block, count, NBDCOW_ZERO))
 		return 0;
+	for (i = 0; i < count && !list_empty(&ov->views); i++) {
+		save_for_views(ov, layer, block + i, NBDCOW_WORK);
+		cond_resched();
+	}
 
 	if (count == NBDCOW_LEAF_BLOCKS) {
 		stored = nbdcow_map_zero_leaf(layer->map, block);
@@ -610,7 +744,7 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
  * @ov: the overlay
  *
  * Each block that is read or written meanwhile is seen either as it was or
- * reset. The memory is back when this returns.
+ * reset. The memory is back when this returns, unless a view needs it.
  *
  * Context: process context, sleeps.
  * Return: 0 or -errno with the overlay as before.
@@ -639,7 +773,7 @@ int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 	mutex_unlock(&ov->mutex);
 
 	synchronize_rcu();
-	layer_destroy(old);
+	layer_put(old);
 	level_update(ov);
 	return 0;
 }
@@ -655,8 +789,15 @@ static int overlay_grow(struct nbdcow_overlay *ov, u64 nr_blocks)
 		kfree(new);
 		return -ENOMEM;
 	}
+	kref_init(&new->kref);
 
 	mutex_lock(&ov->mutex);
+	if (!list_empty(&ov->views)) {
+		mutex_unlock(&ov->mutex);
+		kvfree(new->map);
+		kfree(new);
+		return -EBUSY;
+	}
 	lock_all_shards(ov);
 	old = layer_of(ov);
 	nbdcow_map_take_over(new->map, old->map);
@@ -734,6 +875,7 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	for (i = 0; i < NBDCOW_INSTALLERS; i++)
 		mutex_init(&ov->installers[i]);
 	mutex_init(&ov->mutex);
+	INIT_LIST_HEAD(&ov->views);
 	kref_init(&ov->kref);
 	INIT_WORK(&ov->event_work, event_work);
 	ov->limit = NBDCOW_NO_LIMIT;
@@ -767,6 +909,7 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 {
 	u64 old_blocks;
 	bool fits = true;
+	int ret = 0;
 
 	if (bdev_nr_sectors(base) < ov->base_sectors) {
 		*error = "The base device is smaller than the overlay's base was";
@@ -793,11 +936,13 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 		*error = "Table is shorter than the changes that the overlay holds";
 		return -EINVAL;
 	}
-	if (nr_blocks > old_blocks && overlay_grow(ov, nr_blocks)) {
-		*error = "Not enough memory for the block-state map";
-		return -ENOMEM;
-	}
-	return 0;
+	if (nr_blocks > old_blocks)
+		ret = overlay_grow(ov, nr_blocks);
+	if (ret)
+		*error = ret == -EBUSY ?
+			 "The overlay cannot grow while there is a view of it" :
+			 "Not enough memory for the block-state map";
+	return ret;
 }
 
 /**
@@ -824,10 +969,12 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 		if (ov->md != md)
 			continue;
 		ret = overlay_adopt(ov, nr_blocks, base, tmpfs_dir, error);
-		if (ret)
+		if (ret) {
 			ov = ERR_PTR(ret);
-		else
-			kref_get(&ov->kref);
+			goto out;
+		}
+		kref_get(&ov->kref);
+		ov->tables++;
 		goto out;
 	}
 
@@ -835,6 +982,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	if (!IS_ERR(ov)) {
 		ov->md = md;
 		ov->base_sectors = bdev_nr_sectors(base);
+		ov->tables = 1;
 		list_add(&ov->list, &overlays);
 	}
 out:
@@ -844,25 +992,244 @@ out:
 
 static void overlay_release(struct kref *kref)
 {
-	struct nbdcow_overlay *ov =
-		container_of(kref, struct nbdcow_overlay, kref);
-
-	list_del(&ov->list);
+	overlay_free(container_of(kref, struct nbdcow_overlay, kref));
 }
 
 /**
- * nbdcow_overlay_put() - drop a table's reference; the last one frees it all
- * @ov: the overlay
+ * nbdcow_overlay_put() - drop a table's reference
+ * @ov: the overlay; the last table's end is its own, but for views of it
  *
  * Context: process context, sleeps; no I/O of the table is in flight.
  */
 void nbdcow_overlay_put(struct nbdcow_overlay *ov)
 {
-	bool last;
+	mutex_lock(&overlays_mutex);
+	if (!--ov->tables)
+		list_del(&ov->list);
+	mutex_unlock(&overlays_mutex);
+	kref_put(&ov->kref, overlay_release);
+}
+
+/*
+ * Views
+ */
+
+static struct nbdcow_overlay *find_overlay(dev_t dev)
+{
+	struct nbdcow_overlay *ov;
 
 	mutex_lock(&overlays_mutex);
-	last = kref_put(&ov->kref, overlay_release);
+	list_for_each_entry(ov, &overlays, list) {
+		if (disk_devt(dm_disk(ov->md)) == dev) {
+			kref_get(&ov->kref);
+			mutex_unlock(&overlays_mutex);
+			return ov;
+		}
+	}
 	mutex_unlock(&overlays_mutex);
-	if (last)
-		overlay_free(ov);
+	return NULL;
+}
+
+/**
+ * nbdcow_view_create() - prepare a view of an overlay
+ * @dev: the overlay's device
+ * @sectors: size of the view
+ * @error: set to a message when it fails
+ *
+ * From here on the overlay cannot grow. The device may go: its overlay stays.
+ *
+ * Context: process context, sleeps.
+ * Return: the view, which shows nothing yet, or an ERR_PTR.
+ */
+struct nbdcow_view *nbdcow_view_create(dev_t dev, sector_t sectors, char **error)
+{
+	u64 nr_blocks = DIV_ROUND_UP_ULL(sectors, NBDCOW_BLOCK_SECTORS);
+	struct nbdcow_overlay *ov = find_overlay(dev);
+	struct nbdcow_layer *layer;
+	struct nbdcow_view *view;
+	unsigned int noio;
+	int ret = -ENOMEM;
+
+	if (!ov) {
+		*error = "The device to view has no nbdcow table";
+		return ERR_PTR(-EINVAL);
+	}
+	*error = "Not enough memory for the view";
+	view = kzalloc(sizeof(*view), GFP_KERNEL_ACCOUNT);
+	if (!view) {
+		kref_put(&ov->kref, overlay_release);
+		return ERR_PTR(-ENOMEM);
+	}
+	INIT_LIST_HEAD(&view->list);
+	view->overlay = ov;
+
+	mutex_lock(&ov->mutex);
+	/* A resume of the device may be waiting for us while I/O waits for it. */
+	noio = memalloc_noio_save();
+	layer = layer_of(ov);
+	if (nr_blocks != layer->map->nr_blocks) {
+		*error = "The view has not the size of the device";
+		ret = -EINVAL;
+		goto bad;
+	}
+	view->states = nbdcow_map_create(nr_blocks, GFP_KERNEL_ACCOUNT);
+	view->saved = nbdcow_map_create(nr_blocks, GFP_KERNEL_ACCOUNT);
+	if (!view->states || !view->saved)
+		goto bad;
+	view->file = nbdcow_store_another(layer->file);
+	if (IS_ERR(view->file)) {
+		ret = PTR_ERR(view->file);
+		view->file = NULL;
+		goto bad;
+	}
+	lock_all_shards(ov);
+	list_add_rcu(&view->list, &ov->views);
+	unlock_all_shards(ov);
+	memalloc_noio_restore(noio);
+	mutex_unlock(&ov->mutex);
+	return view;
+
+bad:
+	memalloc_noio_restore(noio);
+	mutex_unlock(&ov->mutex);
+	nbdcow_view_destroy(view);
+	return ERR_PTR(ret);
+}
+
+/**
+ * nbdcow_view_destroy() - drop a view and all that was saved for it
+ * @view: the view, maybe half-built; nobody reads it any more
+ *
+ * Context: process context, sleeps.
+ */
+void nbdcow_view_destroy(struct nbdcow_view *view)
+{
+	struct nbdcow_overlay *ov = view->overlay;
+
+	mutex_lock(&ov->mutex);
+	lock_all_shards(ov);
+	list_del_rcu(&view->list);
+	unlock_all_shards(ov);
+	mutex_unlock(&ov->mutex);
+
+	synchronize_rcu();
+	nbdcow_store_destroy(view->file);
+	nbdcow_map_destroy(view->states);
+	nbdcow_map_destroy(view->saved);
+	atomic_long_sub(atomic_long_read(&view->nr_saved), &nbdcow_total_used);
+	if (view->layer)
+		layer_put(view->layer);
+	kref_put(&ov->kref, overlay_release);
+	kfree(view);
+}
+
+/**
+ * nbdcow_view_freeze() - make this the instant that a view shows, if there is none
+ * @view: the view
+ *
+ * The overlay's device may be in use, or suspended.
+ *
+ * Context: process context, sleeps, but not for I/O.
+ * Return: 0 or -ENOMEM, after which it can be called again.
+ */
+int nbdcow_view_freeze(struct nbdcow_view *view)
+{
+	gfp_t gfp = nbdcow_gfp(NBDCOW_WORK) | __GFP_ACCOUNT;
+	struct nbdcow_overlay *ov = view->overlay;
+	struct mem_cgroup *old_memcg;
+	struct nbdcow_layer *layer;
+	int ret = 0;
+
+	mutex_lock(&ov->mutex);
+	if (!view->layer) {
+		old_memcg = set_active_memcg(ov->memcg);
+		lock_all_shards(ov);
+		layer = layer_of(ov);
+		ret = nbdcow_map_copy(view->states, layer->map, gfp);
+		if (!ret) {
+			kref_get(&layer->kref);
+			/* Pairs with the acquire in view_needs(). */
+			smp_store_release(&view->layer, layer);
+		}
+		unlock_all_shards(ov);
+		set_active_memcg(old_memcg);
+	}
+	mutex_unlock(&ov->mutex);
+	return ret;
+}
+
+/**
+ * nbdcow_view_state() - the state that a block had, and how many share it
+ * @view: the view, frozen
+ * @block: first block
+ * @max: most blocks that the caller cares for
+ * @run: set to the number of blocks that had the state
+ *
+ * Context: any.
+ * Return: the state.
+ */
+enum nbdcow_state nbdcow_view_state(struct nbdcow_view *view, u64 block, u64 max,
+				    u64 *run)
+{
+	return nbdcow_map_run(view->states, block, max, run);
+}
+
+/* The page that holds the block as it was, locked. */
+static struct page *get_viewed(struct nbdcow_view *view, u64 block)
+{
+	struct mem_cgroup *old_memcg = set_active_memcg(view->overlay->memcg);
+	struct file *file;
+	struct page *page;
+	bool saved;
+
+	for (;;) {
+		saved = nbdcow_map_state(view->saved, block) == NBDCOW_OVERLAY;
+		file = saved ? view->file : view->layer->file;
+		page = nbdcow_store_get_locked(file, block, NBDCOW_WORK, true);
+		/* With its page locked, a block that is not saved cannot change. */
+		if (saved || IS_ERR(page) ||
+		    nbdcow_map_state(view->saved, block) != NBDCOW_OVERLAY)
+			break;
+		unlock_page(page);
+		put_page(page);
+	}
+	set_active_memcg(old_memcg);
+	return page;
+}
+
+/**
+ * nbdcow_view_read() - read bytes of a block that was stored
+ * @view: the view, frozen
+ * @piece: which bytes; its iterator is advanced on success
+ *
+ * Context: process context, not in map(); sleeps.
+ * Return: 0; -EIO if the view is lost; -EIO or -ENOMEM from swapping in.
+ */
+int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece)
+{
+	struct rw_semaphore *lock = shard_lock(view->overlay, piece->block);
+	struct page *page;
+	int ret = 0;
+
+	down_read(lock);
+	/* Blocks are removed under the shard lock, also from a view that is lost. */
+	if (READ_ONCE(view->failed)) {
+		ret = -EIO;
+		goto out;
+	}
+	page = get_viewed(view, piece->block);
+	if (IS_ERR(page)) {
+		ret = PTR_ERR(page);
+		goto out;
+	}
+	/* They are rewritten under the page lock. */
+	if (READ_ONCE(view->failed))
+		ret = -EIO;
+	else
+		nbdcow_copy_from_page(piece, page);
+	unlock_page(page);
+	put_page(page);
+out:
+	up_read(lock);
+	return ret;
 }

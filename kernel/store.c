@@ -370,6 +370,25 @@ void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page)
 }
 
 /**
+ * nbdcow_copy_block() - copy a whole block from one file to another
+ * @to: its page there, which the caller marks dirty afterwards
+ * @from: its page here
+ * @block: the block
+ *
+ * Context: any; under both page locks.
+ */
+void nbdcow_copy_block(struct page *to, struct page *from, u64 block)
+{
+	void *target = kmap_local_page(to);
+	void *source = kmap_local_page(from);
+
+	memcpy(target + block_offset(block), source + block_offset(block),
+	       NBDCOW_BLOCK_BYTES);
+	kunmap_local(source);
+	kunmap_local(target);
+}
+
+/**
  * nbdcow_fill_page() - give a block the bytes that a partial write leaves alone
  * @piece: the write
  * @page: the block's page

@@ -363,6 +363,51 @@ static void test_take_over(void)
 	check(!shim_objects, "%ld leaves are left", shim_objects);
 }
 
+static void check_same(const struct nbdcow_map *copy, const struct nbdcow_map *map)
+{
+	u64 block, run, copied;
+
+	for (block = 0; block < map->nr_blocks; block += run) {
+		enum nbdcow_state state = nbdcow_map_run(map, block,
+							 map->nr_blocks - block, &run);
+
+		check(nbdcow_map_run(copy, block, map->nr_blocks - block, &copied) ==
+		      state && copied == run, "block %llu differs", block);
+	}
+	check(atomic_long_read(&copy->nr_leaves) == atomic_long_read(&map->nr_leaves),
+	      "leaves are miscounted");
+	check(atomic_long_read(&copy->zeroed) == atomic_long_read(&map->zeroed),
+	      "zeroed is miscounted");
+}
+
+/* Also a second time, over a copy that became old or was cut short. */
+static void test_copy(void)
+{
+	struct nbdcow_map *map = new_map(4 * LEAF + 5), *copy = new_map(4 * LEAF + 5);
+
+	set(map, 3, 4, NBDCOW_OVERLAY);
+	nbdcow_map_zero_leaf(map, LEAF);
+	set(map, 2 * LEAF + 7, 90, NBDCOW_ZERO);
+	set(map, 4 * LEAF + 4, 1, NBDCOW_OVERLAY);
+	shim_fail_alloc = 3;
+	check(nbdcow_map_copy(copy, map, GFP_NOIO) == -ENOMEM, "it did not fail");
+	shim_fail_alloc = 0;
+	check(!nbdcow_map_copy(copy, map, GFP_NOIO), "it failed");
+	check_same(copy, map);
+
+	nbdcow_map_zero_leaf(map, 0);
+	set(map, LEAF + 1, 1, NBDCOW_OVERLAY);
+	set(map, 2 * LEAF + 9, 1, NBDCOW_OVERLAY);
+	check_run(copy, 3, LEAF, NBDCOW_OVERLAY, 4);
+	check_run(copy, 2 * LEAF + 7, LEAF, NBDCOW_ZERO, 90);
+	check(!nbdcow_map_copy(copy, map, GFP_NOIO), "it failed");
+	check_same(copy, map);
+	nbdcow_map_destroy(copy);
+	nbdcow_map_destroy(map);
+	rcu_barrier();
+	check(!shim_objects, "%ld leaves are left", shim_objects);
+}
+
 /* The n-th allocation fails, for each n until nothing fails any more. */
 static void test_no_memory(void)
 {
@@ -612,6 +657,7 @@ int main(int argc, char **argv)
 		run_test(test_changes, "changes: each from every state of a leaf");
 		run_test(test_zero_leaf, "a leaf that is all ZERO costs nothing");
 		run_test(test_take_over, "a larger map takes over");
+		run_test(test_copy, "a copy of a map");
 		run_test(test_sizes, "sizes from one block to 16 TiB and too many");
 		run_test(test_no_memory, "each allocation fails");
 		run_test(test_misuse, "illegal changes are refused");

@@ -107,6 +107,7 @@ struct rcu_head {
 #define RCU_INITIALIZER(p)	(p)
 #define unrcu_pointer(p)	(p)
 #define rcu_assign_pointer(p, v) __atomic_store_n(&(p), v, __ATOMIC_RELEASE)
+#define RCU_INIT_POINTER(p, v)	((p) = (v))
 /* A dependency orders what C11 can only say with acquire. */
 #define rcu_dereference_check(p, c) __atomic_load_n(&(p), __ATOMIC_ACQUIRE)
 #define rcu_dereference_raw(p)	rcu_dereference_check(p, 1)
