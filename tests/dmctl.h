@@ -73,15 +73,27 @@ static inline int dm_minor(const char *name, unsigned int *number)
 	return ret;
 }
 
-static inline int dm_load(const char *name, uint64_t sectors, const char *target,
-			  const char *params)
+static inline int dm_load_flags(const char *name, uint64_t sectors, const char *target,
+				const char *params, uint32_t flags)
 {
 	struct dm_call call = { .head.target_count = 1, .table.spec.length = sectors };
 
 	snprintf(call.table.spec.target_type, sizeof(call.table.spec.target_type), "%s", target);
 	snprintf(call.table.params, sizeof(call.table.params), "%s", params);
 	call.table.spec.next = sizeof(call.table);
-	return dm_call(DM_TABLE_LOAD, name, 0, &call);
+	return dm_call(DM_TABLE_LOAD, name, flags, &call);
+}
+
+static inline int dm_load(const char *name, uint64_t sectors, const char *target,
+			  const char *params)
+{
+	return dm_load_flags(name, sectors, target, params, 0);
+}
+
+static inline int dm_load_ro(const char *name, uint64_t sectors, const char *target,
+			     const char *params)
+{
+	return dm_load_flags(name, sectors, target, params, DM_READONLY_FLAG);
 }
 
 /* @flags: DM_NOFLUSH_FLAG, DM_SKIP_LOCKFS_FLAG or both */

@@ -127,6 +127,22 @@ swapped_out()
 	wait_until 10 swapped_within 0 1024
 }
 
+# What a view needs comes back from swap to be kept, and what it keeps goes there.
+viewed()
+{
+	make_swapped 32768
+	io $COW 'write 0 16M A'
+	dmsetup create test-view --readonly --table "0 65536 nbdcow-view $COW /dev/ram0"
+	undo dmsetup remove --retry test-view
+	wait_until 20 push_out 15360 17408
+	io $COW 'write 0 1M B' 'write 2049s 1s B' 'discard 4M 4M' 'write 20M 1M B'
+	wait_until 20 push_out 20000 23000
+	io /dev/mapper/test-view 'check 0 16M A' 'check 16M end .'
+	io $COW 'check 0 1M B' 'is 2M AAAAAAAA' 'is 2048s ABAAAAAA' 'check 4M 4M 0' \
+		'check 8M 8M A' 'check 20M 1M B'
+	is 'the view' "$(dmsetup status test-view)" "0 65536 nbdcow-view ok $((256 + 1 + 1024))"
+}
+
 oom_kills()
 {
 	sed -n 's/^oom_kill //p' $SWAPPED/memory.events
@@ -214,5 +230,6 @@ make_zram()
 run_tests \
 	random_io 'random I/O on an overlay that is swapped out again and again' \
 	swapped_out 'blocks that are swapped out are read, rewritten and discarded' \
+	viewed 'a view of an overlay that is swapped out' \
 	full_swap 'no swap left: errors for new blocks' \
 	filesystem 'a file system on an overlay bigger than the memory'
