@@ -77,7 +77,7 @@ instant()
 	io $COW 'write 4k 64k G' 'discard 0 end' 'write 4k 1M H'
 	is_frozen
 	is 'the map' "$(dmsetup message test-view 0 extents 0 1000000)" \
-		"1b256o255b16z17392b1o20479b16o$((SECTORS / 8 - 38416))b"
+		"1b 256o 255b 16z 17392b 1o 20479b 16o $((SECTORS / 8 - 38416))b"
 
 	dmsetup suspend test-view
 	dmsetup resume test-view
@@ -103,7 +103,7 @@ reset()
 	is_frozen
 	status_is test-cow used=16
 	total_is $((16 + 16 + 256 + 1 + 16))
-	dmsetup remove --retry test-view
+	dmsetup wipe_table test-view
 	total_is 16
 	io $COW 'check 4k 64k D'
 }
