@@ -228,7 +228,8 @@ bool dm_exists(const char *uuid);
 int dm_events(void);
 int dm_arm_events(int fd);
 void dm_close(void);
-int dm_server_create(const char *mangled, uint64_t sectors, const char *params, dev_t *dev);
+int dm_server_open(const char *mangled, uint64_t sectors, const char *params, int flags,
+		   dev_t *dev);
 int dm_server_remove(const char *mangled, bool when_closed);
 void dm_server_sweep(void);
 int dm_ask(dev_t dev, const char *message, char **answer);

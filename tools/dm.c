@@ -627,8 +627,27 @@ static int find_server(const char *mangled, dev_t *dev)
 	return err;
 }
 
-/* Makes a device of this process, which the caller opens and passes to dm_server_remove(). */
-int dm_server_create(const char *mangled, uint64_t sectors, const char *params, dev_t *dev)
+/*
+ * Removes a device of a server, in silence: at once, or when it is closed.
+ * Return: -EBUSY when it shall be removed at once but is open.
+ */
+int dm_server_remove(const char *mangled, bool when_closed)
+{
+	struct dm_task *task = task_new(DM_DEVICE_REMOVE, mangled);
+	uint32_t cookie = 0;
+	int err = -ENOMEM;
+
+	if (task && (!when_closed || dm_task_deferred_remove(task)) &&
+	    dm_task_set_cookie(task, &cookie, SERVER_UDEV)) {
+		err = task_run(task);
+		dm_udev_wait(cookie);
+	}
+	if (task)
+		dm_task_destroy(task);
+	return err == -ENXIO ? 0 : err;
+}
+
+static int server_create(const char *mangled, uint64_t sectors, const char *params, dev_t *dev)
 {
 	char id[64], *prefix;
 	int err = server_id(getpid(), id);
@@ -649,23 +668,30 @@ int dm_server_create(const char *mangled, uint64_t sectors, const char *params, 
 }
 
 /*
- * Removes a device of a server, in silence: at once, or when it is closed.
- * Return: -EBUSY when it shall be removed at once but is open.
+ * Makes a device of this process and opens it; it goes when it is closed. Return: the
+ * file descriptor, or -errno after a message, with nothing left.
  */
-int dm_server_remove(const char *mangled, bool when_closed)
+int dm_server_open(const char *mangled, uint64_t sectors, const char *params, int flags,
+		   dev_t *dev)
 {
-	struct dm_task *task = task_new(DM_DEVICE_REMOVE, mangled);
-	uint32_t cookie = 0;
-	int err = -ENOMEM;
+	int err = server_create(mangled, sectors, params, dev), fd;
+	char *path;
 
-	if (task && (!when_closed || dm_task_deferred_remove(task)) &&
-	    dm_task_set_cookie(task, &cookie, SERVER_UDEV)) {
-		err = task_run(task);
-		dm_udev_wait(cookie);
-	}
-	if (task)
-		dm_task_destroy(task);
-	return err == -ENXIO ? 0 : err;
+	if (err)
+		return err;
+	path = xasprintf("/dev/dm-%u", minor(*dev));
+	fd = open(path, flags | O_CLOEXEC);
+	if (fd < 0)
+		err = fail(-errno, "cannot open %s: %m", path);
+	else if (dm_server_remove(mangled, true))
+		err = fail(-EIO, "cannot have %s removed with its last user", mangled);
+	free(path);
+	if (!err)
+		return fd;
+	if (fd >= 0)
+		close(fd);
+	dm_server_remove(mangled, false);
+	return err;
 }
 
 /* Removes the device if it is left over from a server that is gone. */

@@ -240,7 +240,7 @@ static void drop_overlay(struct overlay *overlay)
 
 static int make_device(struct overlay *overlay)
 {
-	char mangled[NAME_BYTES], *path;
+	char mangled[NAME_BYTES];
 	int n;
 
 	if (mangle_name(config.name, mangled))
@@ -251,18 +251,12 @@ static int make_device(struct overlay *overlay)
 		nbdkit_error("the name \"%s\" is too long", config.name);
 		return -ENAMETOOLONG;
 	}
-	if (dm_server_create(overlay->mangled, sectors, params, &overlay->dev)) {
-		overlay->mangled[0] = '\0';
-		return -EIO;
-	}
-	path = xasprintf("/dev/dm-%u", minor(overlay->dev));
-	overlay->fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
-	if (overlay->fd < 0)
-		nbdkit_error("cannot open %s: %m", path);
-	free(path);
-	if (overlay->fd < 0)
-		return -EIO;
-	return dm_server_remove(overlay->mangled, true);
+	overlay->fd = dm_server_open(overlay->mangled, sectors, params, O_RDWR | O_DIRECT,
+				     &overlay->dev);
+	if (overlay->fd >= 0)
+		return 0;
+	overlay->mangled[0] = '\0';
+	return -EIO;
 }
 
 /* Called with @lock. Return: a new overlay for clients of this export name, or NULL. */

@@ -36,6 +36,8 @@ struct server {
 	struct listen listen;
 	int fds;			/* sockets that systemd has passed to us */
 	struct base base;
+	uint64_t cache_limit_blocks;
+	bool holes;			/* of the base are to be learned */
 	int keeper_fd;
 	pid_t pid;
 	int pid_fd;
@@ -59,8 +61,9 @@ static int check_clients(const char *text)
 	return fail(-EINVAL, "max-clients=%s is no number from 1 on", text);
 }
 
-static int check_args(const struct args *args)
+static int parse_args(struct server *server)
 {
+	const struct args *args = server->args;
 	bool per_client, per_name, flag;
 	uint64_t blocks;
 	int err;
@@ -71,9 +74,9 @@ static int check_args(const struct args *args)
 	      parse_flag(args, KEY_PER_EXPORT_NAME, false, &per_name) ?:
 	      parse_flag(args, KEY_COW_ON_READ, false, &flag) ?:
 	      parse_flag(args, KEY_COW_ON_CACHE, false, &flag) ?:
-	      parse_flag(args, KEY_HOLES, true, &flag) ?:
+	      parse_flag(args, KEY_HOLES, true, &server->holes) ?:
 	      parse_blocks(args, KEY_LIMIT, &blocks) ?:
-	      parse_blocks(args, KEY_CACHE_LIMIT, &blocks) ?:
+	      parse_blocks(args, KEY_CACHE_LIMIT, &server->cache_limit_blocks) ?:
 	      check_clients(args->value[KEY_MAX_CLIENTS]);
 	if (!err && per_client && per_name)
 		err = fail(-EINVAL, "per-client=true excludes per-export-name=true");
@@ -252,12 +255,11 @@ static void wait_for_base(const struct base *base)
 /* Asks the server of the base for its holes. */
 static int learn_holes(const struct server *server, dev_t keeper)
 {
-	bool holes;
 	struct cow cow;
-	int err = parse_flag(server->args, KEY_HOLES, true, &holes);
+	int err;
 
-	if (err || !holes || !strstr(server->base.text, "://"))
-		return err;
+	if (!server->holes || !strstr(server->base.text, "://"))
+		return 0;
 	err = dm_find_number(major(keeper), minor(keeper), &cow);
 	if (!err)
 		holes_start(server->slot, cow.uuid, server->base.text, server->base.bytes);
@@ -273,9 +275,9 @@ static int keep_base(struct server *server)
 	uint64_t sectors = server->base.bytes / BLOCK_BYTES * (BLOCK_BYTES / SECTOR_BYTES);
 	struct cow_table table = {
 		.major = major(server->base.dev), .minor = minor(server->base.dev),
-		.limit_blocks = NO_LIMIT,
+		.limit_blocks = NO_LIMIT, .cache_limit_blocks = server->cache_limit_blocks,
 	};
-	char params[256], *path, name[NAME_BYTES];
+	char params[256], name[NAME_BYTES];
 	dev_t dev;
 	int err;
 
@@ -283,20 +285,11 @@ static int keep_base(struct server *server)
 	if (!sectors || snprintf(name, sizeof(name), "%s-%ld-0", server->args->mangled,
 				 (long)getpid()) >= (int)sizeof(name))
 		return 0;
-	err = parse_blocks(server->args, KEY_CACHE_LIMIT, &table.cache_limit_blocks) ?:
-	      format_table(&table, params, sizeof(params)) ?:
-	      dm_server_create(name, sectors, params, &dev);
+	err = format_table(&table, params, sizeof(params));
 	if (err)
 		return err;
-	path = xasprintf("/dev/dm-%u", minor(dev));
-	server->keeper_fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (server->keeper_fd < 0)
-		err = fail(-errno, "cannot open %s: %m", path);
-	free(path);
-	/* When it is not open that is now. */
-	if (dm_server_remove(name, true) && !err)
-		err = fail(-EIO, "cannot have %s removed with its last user", name);
-	return err ?: learn_holes(server, dev);
+	server->keeper_fd = dm_server_open(name, sectors, params, O_RDONLY, &dev);
+	return server->keeper_fd < 0 ? server->keeper_fd : learn_holes(server, dev);
 }
 
 static int serve(struct server *server)
@@ -345,7 +338,7 @@ int cmd_serve(const struct args *args)
 {
 	struct server server = { .args = args, .base.fd = -1, .keeper_fd = -1,
 				 .pid_fd = -1 };
-	int err = check_args(args), lock;
+	int err = parse_args(&server), lock;
 
 	if (!err)
 		err = take_sockets(&server);
