@@ -18,13 +18,9 @@
 
 /* What set is asked for, beside what the keys that are given say. */
 struct change {
-	uint64_t limit_blocks;
-	uint64_t cache_limit_blocks;
+	struct cow_table table;		/* its features */
 	uint64_t bytes;
-	const char *watched;
-	bool cow_on_read;
-	bool cow_on_cache;
-	bool queue_errors;
+	const char *watched;		/* switches cow-on-read, or NULL */
 	bool partitions;
 };
 
@@ -39,12 +35,8 @@ static int parse_change(const struct args *args, struct change *change)
 		return fail(-EINVAL, "set: what to change is missing; see \"cowctl help set\"");
 	if (cache && strcmp(cache, "drop"))
 		return fail(-EINVAL, "cache=%s is not drop", cache);
-	return parse_blocks(args, KEY_LIMIT, &change->limit_blocks) ?:
-	       parse_blocks(args, KEY_CACHE_LIMIT, &change->cache_limit_blocks) ?:
+	return parse_features(args, &change->table, &change->watched) ?:
 	       parse_bytes(args, KEY_SIZE, &change->bytes) ?:
-	       parse_cow_on_read(args, &change->cow_on_read, &change->watched) ?:
-	       parse_flag(args, KEY_COW_ON_CACHE, false, &change->cow_on_cache) ?:
-	       parse_on_base_error(args, &change->queue_errors) ?:
 	       parse_flag(args, KEY_PARTITIONS, false, &change->partitions);
 }
 
@@ -109,7 +101,7 @@ static int switch_cow_on_read(const struct args *args, const struct cow *cow,
 	if (change->watched)
 		return watch_start(cow, change->watched);
 	watch_stop(cow->mangled);
-	return send_flag(args, KEY_COW_ON_READ, "cow_on_read", change->cow_on_read);
+	return send_flag(args, KEY_COW_ON_READ, "cow_on_read", change->table.cow_on_read);
 }
 
 /* Partitions that have devices follow a new size; or as it was said. */
@@ -127,13 +119,15 @@ static int refresh_parts(const struct args *args, const struct cow *cow, bool wa
 /* What cannot be undone comes last. */
 static int apply(const struct args *args, const struct cow *cow, const struct change *change)
 {
-	return send_limit(args, KEY_LIMIT, "limit", change->limit_blocks) ?:
-	       send_limit(args, KEY_CACHE_LIMIT, "cache_limit", change->cache_limit_blocks) ?:
-	       send_flag(args, KEY_COW_ON_CACHE, "cow_on_cache", change->cow_on_cache) ?:
+	const struct cow_table *table = &change->table;
+
+	return send_limit(args, KEY_LIMIT, "limit", table->limit_blocks) ?:
+	       send_limit(args, KEY_CACHE_LIMIT, "cache_limit", table->cache_limit_blocks) ?:
+	       send_flag(args, KEY_COW_ON_CACHE, "cow_on_cache", table->cow_on_cache) ?:
 	       grow(args, change->bytes) ?:
 	       switch_cow_on_read(args, cow, change) ?:
 	       refresh_parts(args, cow, change->partitions) ?:
-	       send_flag(args, KEY_ON_BASE_ERROR, "queue_errors", change->queue_errors) ?:
+	       send_flag(args, KEY_ON_BASE_ERROR, "queue_errors", table->queue_errors) ?:
 	       (args->value[KEY_CACHE] ? dm_message(args, "drop_cache") : 0);
 }
 

@@ -262,7 +262,7 @@ int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
 }
 
 /* true, false, or a path that switches it; @path is NULL without one. */
-int parse_cow_on_read(const struct args *args, bool *on, const char **path)
+static int parse_cow_on_read(const struct args *args, bool *on, const char **path)
 {
 	const char *text = args->value[KEY_COW_ON_READ] ?: "false";
 
@@ -275,13 +275,26 @@ int parse_cow_on_read(const struct args *args, bool *on, const char **path)
 	       fail(-EINVAL, "cow-on-read=%s is neither true, false nor an absolute path", text);
 }
 
-int parse_on_base_error(const struct args *args, bool *queue)
+static int parse_on_base_error(const struct args *args, bool *queue)
 {
 	const char *text = args->value[KEY_ON_BASE_ERROR] ?: "error";
 
 	*queue = !strcmp(text, "queue");
 	return *queue || !strcmp(text, "error") ? 0 :
 	       fail(-EINVAL, "on-base-error=%s is neither error nor queue", text);
+}
+
+/*
+ * What a table line says of features, but for tmpfs. @watched: the file that switches
+ * cow-on-read, or NULL.
+ */
+int parse_features(const struct args *args, struct cow_table *table, const char **watched)
+{
+	return parse_blocks(args, KEY_LIMIT, &table->limit_blocks) ?:
+	       parse_cow_on_read(args, &table->cow_on_read, watched) ?:
+	       parse_flag(args, KEY_COW_ON_CACHE, false, &table->cow_on_cache) ?:
+	       parse_blocks(args, KEY_CACHE_LIMIT, &table->cache_limit_blocks) ?:
+	       parse_on_base_error(args, &table->queue_errors);
 }
 
 /* What a new device shall be like. */
@@ -297,17 +310,12 @@ struct shape {
 static int parse_shape(const struct args *args, struct shape *shape)
 {
 	const char *round = args->value[KEY_ROUND];
-	struct cow_table *table = &shape->table;
 
 	if (round && strcmp(round, "up") && strcmp(round, "down"))
 		return fail(-EINVAL, "round=%s is neither up nor down", round);
 	shape->round_up = round && !strcmp(round, "up");
-	return parse_blocks(args, KEY_LIMIT, &table->limit_blocks) ?:
+	return parse_features(args, &shape->table, &shape->watched) ?:
 	       parse_bytes(args, KEY_SIZE, &shape->bytes) ?:
-	       parse_cow_on_read(args, &table->cow_on_read, &shape->watched) ?:
-	       parse_flag(args, KEY_COW_ON_CACHE, false, &table->cow_on_cache) ?:
-	       parse_blocks(args, KEY_CACHE_LIMIT, &table->cache_limit_blocks) ?:
-	       parse_on_base_error(args, &table->queue_errors) ?:
 	       parse_flag(args, KEY_HOLES, true, &shape->holes) ?:
 	       parse_flag(args, KEY_PARTITIONS, false, &shape->partitions);
 }
