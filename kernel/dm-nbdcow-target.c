@@ -24,7 +24,7 @@
  *
  * Installing a block makes it OVERLAY. States change nowhere but in
  * nbdcow_map_change() and nbdcow_map_zero_leaf(); a reset replaces the whole
- * layer, map and file together.
+ * layer, map and file together, and lets a work free the old one.
  *
  * Data path
  * ---------

@@ -46,6 +46,8 @@ struct nbdcow_layer {
 	struct file *file;	/* blocks in state OVERLAY, at block * 4096 */
 	atomic_long_t used;	/* blocks stored or being installed */
 	struct kref kref;	/* the overlay's, and one per view */
+	struct nbdcow_overlay *overlay; /* whose it was, while work is queued */
+	struct rcu_work work;	/* drops the overlay's reference after a reset */
 };
 
 struct nbdcow_shard {
@@ -73,6 +75,7 @@ struct nbdcow_overlay {
 	struct nbdcow_stats __percpu *stats; /* reads */
 	atomic_t level;		/* enum nbdcow_level, to see it rise */
 	bool store_full;	/* there was no page for the last new block */
+	atomic_t dying;		/* layers that a reset has still to drop */
 	struct mem_cgroup *memcg; /* creator's, charged for pages and leaves */
 	struct mutex mutex;	/* reset, growth, views, event_ti */
 	struct list_head views;	/* change under mutex and all shards; RCU */

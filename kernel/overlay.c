@@ -7,6 +7,7 @@
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
+#include <linux/wait_bit.h>
 
 #include "compat.h"
 #include "nbdcow.h"
@@ -64,6 +65,22 @@ static void layer_release(struct kref *kref)
 static void layer_put(struct nbdcow_layer *layer)
 {
 	kref_put(&layer->kref, layer_release);
+}
+
+static void layer_work(struct work_struct *work)
+{
+	struct nbdcow_layer *layer =
+		container_of(to_rcu_work(work), struct nbdcow_layer, work);
+	struct nbdcow_overlay *ov = layer->overlay;
+
+	layer_put(layer);
+	if (atomic_dec_and_test(&ov->dying))
+		wake_up_var(&ov->dying);	/* ov may be gone: only a key */
+}
+
+static void wait_for_dying(struct nbdcow_overlay *ov)
+{
+	wait_var_event(&ov->dying, !atomic_read(&ov->dying));
 }
 
 /* A layer around an empty @file, which it takes over, also when it fails. */
@@ -744,7 +761,8 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
  * @ov: the overlay
  *
  * Each block that is read or written meanwhile is seen either as it was or
- * reset. The memory is back when this returns, unless a view needs it.
+ * reset. What was stored is freed in the background, or with the last view of it;
+ * the next reset waits for that.
  *
  * Context: process context, sleeps.
  * Return: 0 or -errno with the overlay as before.
@@ -754,6 +772,7 @@ int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 	struct nbdcow_layer *old, *new;
 	unsigned int noio;
 
+	wait_for_dying(ov);
 	mutex_lock(&ov->mutex);
 	old = layer_of(ov);
 	/* A suspend may be waiting for this message while I/O waits for it. */
@@ -770,10 +789,14 @@ int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 	rcu_assign_pointer(ov->layer, new);
 	unlock_all_shards(ov);
 	WRITE_ONCE(ov->store_full, false);
+	/* What is about to be freed is in nobody's way. */
+	if (list_empty(&ov->views))
+		unreserve(old, atomic_long_read(&old->used));
+	old->overlay = ov;
+	atomic_inc(&ov->dying);
+	INIT_RCU_WORK(&old->work, layer_work);
+	queue_rcu_work(nbdcow_wq, &old->work);
 	mutex_unlock(&ov->mutex);
-
-	synchronize_rcu();
-	layer_put(old);
 	level_update(ov);
 	return 0;
 }
@@ -1007,6 +1030,7 @@ void nbdcow_overlay_put(struct nbdcow_overlay *ov)
 	if (!--ov->tables)
 		list_del(&ov->list);
 	mutex_unlock(&overlays_mutex);
+	wait_for_dying(ov);
 	kref_put(&ov->kref, overlay_release);
 }
 

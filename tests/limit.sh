@@ -74,6 +74,15 @@ heals()
 	io /dev/mapper/test-cow 'check 0 end .' 'write 0 4k D' 'fails ENOSPC write 4k 4k D'
 }
 
+# shared_memory_is KIB: or a MiB more or less
+shared_memory_is()
+{
+	local kib
+
+	kib=$(meminfo Shmem)
+	[ "$kib" -ge $(($1 - 1024)) ] && [ "$kib" -le $(($1 + 1024)) ]
+}
+
 reset_frees()
 {
 	local before
@@ -83,8 +92,9 @@ reset_frees()
 	io /dev/mapper/test-cow 'write 0 end A' 'discard 0 4M'
 	between 'shared memory in KiB' $(($(meminfo Shmem) - before)) 27648 30720
 	dmsetup message test-cow 0 reset
-	between 'shared memory in KiB' $(($(meminfo Shmem) - before)) -1024 1024
 	status_is test-cow used=0 zeroed=0 peak=8192
+	is total_used "$(<$MODULE/parameters/total_used)" "$total_used_before"
+	wait_until 20 shared_memory_is "$before"
 	io /dev/mapper/test-cow 'check 0 1M .' 'check 1M end 0'
 }
 
