@@ -73,6 +73,7 @@ static inline int dm_minor(const char *name, unsigned int *number)
 	return ret;
 }
 
+/* @flags: DM_READONLY_FLAG or 0 */
 static inline int dm_load_flags(const char *name, uint64_t sectors, const char *target,
 				const char *params, uint32_t flags)
 {
@@ -88,12 +89,6 @@ static inline int dm_load(const char *name, uint64_t sectors, const char *target
 			  const char *params)
 {
 	return dm_load_flags(name, sectors, target, params, 0);
-}
-
-static inline int dm_load_ro(const char *name, uint64_t sectors, const char *target,
-			     const char *params)
-{
-	return dm_load_flags(name, sectors, target, params, DM_READONLY_FLAG);
 }
 
 /* @flags: DM_NOFLUSH_FLAG, DM_SKIP_LOCKFS_FLAG or both */

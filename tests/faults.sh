@@ -236,6 +236,31 @@ swapped_out()
 		"${out[@]}" 'after status test-cow used=31' 'faults discard 64k 4k'
 }
 
+VIEW='create test-view 6144 nbdcow-view /dev/mapper/test-cow /dev/ram0'
+
+view()
+{
+	undo io /dev/ram0 'absent test-view'
+	step 'before absent test-view' 'before write 0 64k B' 'before discard 96k 8k' \
+		'failed absent test-view' 'after write 0 64k A' 'after open test-view' \
+		'after check 0 64k B' 'after check 96k 8k 0' 'after open -' 'after write 0 64k B' \
+		"faults $VIEW" 'absent test-view'
+}
+
+# These never fail for a view.
+viewed()
+{
+	undo io /dev/ram0 'absent test-view'
+	step 'before absent test-view' 'before write 0 64k B' "before $VIEW" \
+		'after status test-cow used=16' 'faults write 1s 70s A' 'absent test-view'
+	io $COW 'before absent test-view' 'before message test-cow reset' 'before model 2M' \
+		'before write 0 64k B' "before $VIEW" 'after status test-cow used=8' \
+		'faults discard 32k 64k' 'absent test-view'
+	io $COW 'before absent test-view' 'before message test-cow reset' 'before model 2M' \
+		'before write 0 64k B' "before $VIEW" 'after model 2M' \
+		'after status test-cow used=0' 'faults message test-cow reset' 'absent test-view'
+}
+
 # Nothing is left of all that failed.
 no_leak()
 {
@@ -273,5 +298,7 @@ run_tests \
 	partial_write_zeroes 'parts of blocks are zeroed' \
 	reset 'the overlay is reset' \
 	limit 'limit and status' \
+	view 'a view is made' \
+	viewed 'blocks that a view needs are written and discarded' \
 	swapped_out 'blocks that are swapped out are read and written' \
 	no_leak 'nothing leaks'

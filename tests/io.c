@@ -88,7 +88,7 @@ static void usage(void)
 	     "pending N                     N requests and threads have not ended\n"
 	     "left N                        waits until only N of them have not ended\n"
 	     "asleep FUNCTION               waits until a thread sleeps there in the kernel\n"
-	     "create NAME SECTORS TARGET .. makes a device-mapper device\n"
+	     "create NAME SECTORS TARGET .. makes a device-mapper device; views are read-only\n"
 	     "remove NAME | absent NAME     takes it away; if there is one\n"
 	     "open NAME                     goes on with that one, and `open -` with DEVICE\n"
 	     "load NAME SECTORS TARGET ...  loads a table for a device-mapper device\n"
@@ -501,7 +501,8 @@ static int do_load(char **words)
 	char params[1024];
 
 	join_words(params, sizeof(params), words + 3);
-	return dm_load(words[0], parse_bytes(words[1], 0), words[2], params);
+	return dm_load_flags(words[0], parse_bytes(words[1], 0), words[2], params,
+			     strcmp(words[2], "nbdcow-view") ? 0 : DM_READONLY_FLAG);
 }
 
 static int do_reload(char **words)

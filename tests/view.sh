@@ -223,6 +223,7 @@ mounted()
 races()
 {
 	fresh
+	undo io /dev/ram0 "absent test-view"
 	view_race $COW $SECTORS /dev/ram0 1
 	make_cow test-cow2 6144 /dev/ram0
 	view_race /dev/mapper/test-cow2 6144 /dev/ram0 "${VIEW_SECONDS:-5}"

@@ -175,7 +175,8 @@ int main(int argc, char **argv)
 
 	do {
 		ret = dm_create("test-view") ?: dm_minor("test-view", &number) ?:
-		      dm_load_ro("test-view", sectors, "nbdcow-view", params) ?:
+		      dm_load_flags("test-view", sectors, "nbdcow-view", params,
+				    DM_READONLY_FLAG) ?:
 		      dm_resume("test-view");
 		if (ret)
 			die("cannot make a view: %s", strerror(-ret));
