@@ -220,13 +220,16 @@ mounted()
 	is 'the live file' "$(<"$work/mnt/file")" after
 }
 
+# All blocks of a small copy, and a few that are far from each other.
 races()
 {
-	fresh
-	undo io /dev/ram0 "absent test-view"
-	view_race $COW $SECTORS /dev/ram0 1
+	local seconds=${VIEW_SECONDS:-4}
+
+	undo io /dev/ram0 'absent test-view'
 	make_cow test-cow2 6144 /dev/ram0
-	view_race /dev/mapper/test-cow2 6144 /dev/ram0 "${VIEW_SECONDS:-5}"
+	view_race /dev/mapper/test-cow2 6144 /dev/ram0 "$seconds" 768
+	make_cow test-cow3 $((1 << 31)) /dev/ram0
+	view_race /dev/mapper/test-cow3 $((1 << 31)) /dev/ram0 "$seconds" 768
 }
 
 run_tests \

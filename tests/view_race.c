@@ -3,10 +3,10 @@
  * view_race - freezes views of an overlay that is being rewritten, and checks that
  * each shows one instant and goes on showing it
  *
- * usage: view_race OVERLAY SECTORS BASE SECONDS
+ * usage: view_race OVERLAY SECTORS BASE SECONDS BLOCKS
  *
- * Each writer goes through its own blocks again and again, in an order that jumps
- * from one end of the device to the other, and waits for each write. So at any
+ * Each writer goes through its own of so many blocks, which are all over the device,
+ * again and again, in an order that jumps, and waits for each write. So at any
  * instant the first blocks of its order are of one pass, and the rest of the pass
  * before. Prints the number of views; what goes wrong is told in a line that begins
  * with '#', and the exit status is 1.
@@ -26,6 +26,7 @@
 #define STRIDE 7919		/* a prime: no writer's number of blocks is a multiple */
 
 static uint64_t blocks;		/* of each writer */
+static uint64_t spacing;	/* from one to the next, in blocks */
 static int fd;
 static volatile bool stop;
 
@@ -42,10 +43,15 @@ static void __attribute__((format(printf, 1, 2), noreturn)) die(const char *fmt,
 	_exit(1);
 }
 
-/* The block that the writer comes to as its @i-th. */
+/* Which of all the blocks the writer comes to as its @i-th. */
 static uint64_t block_at(unsigned int writer, uint64_t i)
 {
 	return i * STRIDE % blocks * WRITERS + writer;
+}
+
+static off_t offset_of(uint64_t block)
+{
+	return block * spacing * BLOCK;
 }
 
 /* What it leaves there: every fourth pass discards. */
@@ -56,7 +62,7 @@ static uint64_t value(uint64_t pass)
 
 static void write_block(uint64_t *buf, uint64_t block, uint64_t pass)
 {
-	uint64_t range[] = { block * BLOCK, BLOCK };
+	uint64_t range[] = { offset_of(block), BLOCK };
 	/* whole blocks, and single sectors of them one after the other */
 	size_t n = pass % 2 ? BLOCK : 512;
 
@@ -68,7 +74,7 @@ static void write_block(uint64_t *buf, uint64_t block, uint64_t pass)
 	for (size_t i = 0; i < BLOCK / sizeof(*buf); i++)
 		buf[i] = pass;
 	for (size_t done = 0; done < BLOCK; done += n)
-		if (pwrite(fd, buf, n, block * BLOCK + done) != (ssize_t)n)
+		if (pwrite(fd, buf, n, offset_of(block) + done) != (ssize_t)n)
 			die("write of block %ju: %m", (uintmax_t)block);
 }
 
@@ -86,8 +92,6 @@ static void *writer(void *arg)
 
 static void read_view(unsigned int minor_number, char *buf)
 {
-	size_t bytes = WRITERS * blocks * BLOCK, done;
-	ssize_t n;
 	char node[32];
 	int view;
 
@@ -95,11 +99,9 @@ static void read_view(unsigned int minor_number, char *buf)
 	view = open(node, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	if (view < 0)
 		die("%s: %m", node);
-	for (done = 0; done < bytes; done += n) {
-		n = pread(view, buf + done, bytes - done > 1 << 20 ? 1 << 20 : bytes - done, done);
-		if (n <= 0)
-			die("read of the view at %zu: %m", done);
-	}
+	for (uint64_t i = 0; i < WRITERS * blocks; i++)
+		if (pread(view, buf + i * BLOCK, BLOCK, offset_of(i)) != BLOCK)
+			die("read of the view's block %ju: %m", (uintmax_t)(i * spacing));
 	close(view);
 }
 
@@ -154,10 +156,11 @@ int main(int argc, char **argv)
 	time_t end;
 	int ret;
 
-	if (argc != 5)
+	if (argc != 6)
 		return 2;
 	sectors = strtoull(argv[2], NULL, 0);
-	blocks = sectors / 8 / WRITERS;
+	blocks = strtoull(argv[5], NULL, 0) / WRITERS;
+	spacing = sectors / 8 / WRITERS / blocks;
 	snprintf(params, sizeof(params), "%s %s", argv[1], argv[3]);
 	end = time(NULL) + strtol(argv[4], NULL, 0);
 	fd = open(argv[1], O_RDWR | O_DIRECT | O_CLOEXEC);
@@ -166,7 +169,7 @@ int main(int argc, char **argv)
 	if (fd < 0 || !first || !second)
 		die("%s: %m", argv[1]);
 	for (uintptr_t i = 0; i < WRITERS; i++) {
-		uint64_t range[] = { 0, WRITERS * blocks * BLOCK };
+		uint64_t range[] = { 0, sectors * 512 };
 
 		if (!i && ioctl(fd, BLKDISCARD, range))
 			die("discard: %m");
