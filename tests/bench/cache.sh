@@ -108,6 +108,28 @@ speed()
 	judge
 }
 
+# The same for a base behind NBD, which is what a cache is for.
+behind_nbd()
+{
+	local round missed=()
+
+	need fio jq nbdkit nbd-client
+	start_nbdkit "$work/socket" memory 64M
+	make_nbd "$work/socket"
+	undo rm -f "$work"/{base,miss}
+	cowctl create test-cow base="$REPLY" holes=false
+	cowctl create test-cow2 base="$REPLY" cow-on-read=true holes=false
+	for ((round = 0; round < ${BENCH_ROUNDS:-5}; round++)); do
+		cowctl set test-cow cache=drop
+		slice /dev/mapper/test-cow >>"$work/base"
+		slice /dev/mapper/test-cow2 >>"$work/miss"
+	done
+	is 'misses' "$(member misses test-cow2)" $((round << 26))
+	figure 'time of a miss / of a plain read, base behind NBD' \
+		"$(divide "$(median <"$work/miss")" "$(median <"$work/base")")" 1.3
+	judge
+}
+
 # each COUNT COMMAND...: with the number as the last part of its second word, silent;
 # leaves the milliseconds each took
 each()
@@ -129,7 +151,7 @@ sum()
 
 many()
 {
-	local count=500 free create floor missed=()
+	local count=500 i start free create floor missed=() pairs=()
 
 	begin make_brd 1024
 	# what the first ones leave in caches
@@ -142,13 +164,20 @@ many()
 	figure 'idle kernel memory of an overlay in KiB' \
 		"$(divide $((free - $(settled))) $count)" 64
 	each $count 'cowctl remove' test-cow
-	figure 'ms of cowctl create + remove' "$(sum "$create" "$REPLY")" 20
+	printf '# ms of cowctl create + remove: %s\n' "$(sum "$create" "$REPLY")" >&5
 	each $count 'dmsetup create' test-cow --table '0 2048 nbdcow /dev/ram0'
 	floor=$REPLY
 	each $count 'dmsetup remove' test-cow
-	figure 'ms of dmsetup create + remove, the floor' "$(sum "$floor" "$REPLY")" 20
-	each 100 'dmsetup splitname' test-cow
+	printf '# ms of dmsetup create + remove: %s\n' "$(sum "$floor" "$REPLY")" >&5
 	printf '# ms of which two processes alone take: %s\n' "$(sum "$REPLY" "$REPLY")" >&5
+	# and without processes
+	for ((i = 0; i < count; i++)); do
+		pairs+=('create test-cow 2048 nbdcow /dev/ram0' 'remove test-cow')
+	done
+	start=$(now_us)
+	io /dev/ram0 "${pairs[@]}"
+	figure 'ms of a creation + removal by ioctl' \
+		"$(divide $(($(now_us) - start)) $((count * 1000)))" 20
 	judge
 }
 
@@ -253,5 +282,6 @@ open(result, "w").write(str(foreign))'
 run_tests \
 	shared '100 overlays read one base once' \
 	speed 'hits and misses' \
+	behind_nbd 'misses of a base behind NBD' \
 	many '500 overlays on one base' \
 	clients '64 clients that come and go'
