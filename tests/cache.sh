@@ -48,10 +48,7 @@ miss()
 # reads DEVICE: requests and sectors, ever
 reads()
 {
-	local -a stat
-
-	read -ra stat <"$(sysfs_of "$1")/stat"
-	echo "${stat[0]} ${stat[2]}"
+	stat_of "$(sysfs_of "$1")" 0 2
 }
 
 # read_since BEFORE REQUESTS SECTORS: so much was read from the base

@@ -115,6 +115,20 @@ sysfs_of()
 	echo "/sys/dev/block/$number"
 }
 
+# stat_of DIRECTORY FIELD...: what such a device has counted, by numbers from 0
+stat_of()
+{
+	local dir=$1 i
+	local -a stat fields=()
+
+	shift
+	read -ra stat <"$dir/stat"
+	for i; do
+		fields+=("${stat[i]}")
+	done
+	echo "${fields[*]}"
+}
+
 #
 # Bases
 #
@@ -239,10 +253,7 @@ make_gate()
 # How much was ever written to and discarded on a device, if it counts that.
 writes_to()
 {
-	local -a stat
-
-	read -ra stat <"$1/stat"
-	echo "${stat[4]} ${stat[6]} ${stat[11]} ${stat[13]}"
+	stat_of "$1" 4 6 11 13
 }
 
 # guard DEVICE [COMMAND...]: after these commands of io it must not change. Of a

@@ -49,10 +49,7 @@ member()
 # sectors_read DEVICE: from it, ever
 sectors_read()
 {
-	local -a stat
-
-	read -ra stat <"$(sysfs_of "$1")/stat"
-	echo "${stat[2]}"
+	stat_of "$(sysfs_of "$1")" 2
 }
 
 # map URI: of an export, as OFFSET+LENGTH:TYPE in one line
