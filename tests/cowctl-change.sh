@@ -141,6 +141,11 @@ serve()
 	REPLY="nbd+unix:///?socket=$work/$1"
 }
 
+belongs_to_it()
+{
+	[ "$(run_files | sort)" = "$1" ]
+}
+
 holders()
 {
 	ls "/sys/block/${1#/dev/}/holders"
@@ -176,7 +181,8 @@ moves()
 	is 'base' "$(member base test-cow)" "$uri2"
 	[ "$(member base_device test-cow)" != "$dev2" ] || fail 'it is the same device'
 	is 'the number of connections' "$(connected | wc -l)" 1
-	is 'what belongs to it' "$(run_files | sort)" "$run_dir/test-cow.nbd
+	# those who ask for the holes may still be at it
+	wait_until 30 belongs_to_it "$run_dir/test-cow.nbd
 $run_dir/test-cow.watch"
 	cowctl rebase test-cow base="$work/copy.img"
 	is 'base' "$(member base test-cow)" "$work/copy.img"
@@ -234,7 +240,7 @@ cannot_move()
 	is 'the table' "$(dmsetup table test-cow)" "$table"
 	is 'the number of loop devices' "$(losetup -a | grep -c "($work" || :)" 0
 	is 'the number of connections' "$(connected | wc -l)" 1
-	is 'what belongs to it' "$(run_files)" "$run_dir/test-cow.nbd"
+	wait_until 30 belongs_to_it "$run_dir/test-cow.nbd"
 	io $COW 'check 0 end .'
 	# whoever insists gets it
 	cowctl rebase test-cow base="$work/other" force=true
@@ -295,14 +301,14 @@ waits_for_a_base()
 # A base that does not answer is waited for, unless one is told to stop.
 hanging_base()
 {
-	local reader
+	local server reader
 
 	need nbdkit nbd-client
-	begin make_image 4M
-	undo rm -f "$work/socket"
-	start_nbdkit "$work/socket" --filter=delay file "$REPLY" rdelay=4
-	undo sweep
-	cowctl create test-cow base="nbd+unix:///?socket=$work/socket" holes=false
+	begin serve_image 4M
+	server=$(<"$work/socket.pid")
+	cowctl create test-cow base="$REPLY" holes=false
+	undo kill -CONT "$server"
+	kill -STOP "$server"
 	io $COW 'write 0 4k A' 'check 1M 4k .' &
 	reader=$!
 	wait_until 10 has_used 4096
@@ -311,6 +317,8 @@ hanging_base()
 	kill -TERM $!
 	wait $! || is 'its exit status' $? 143
 	is 'loop devices left' "$(losetup -a | grep "($work" || :)" ''
+	kill -0 $reader
+	kill -CONT "$server"
 	wait $reader
 	io $COW 'check 0 4k A' 'check 2M 4k .'
 	cowctl rebase test-cow base="$work/disk.img" force=true
