@@ -27,10 +27,16 @@ not()
 	! "$@"
 }
 
+# The processes of cowctl, without what init has yet to take notice of.
+running_cowctls()
+{
+	pgrep -ax -r D,R,S,T,t cowctl
+}
+
 # Nothing goes on in the background for any copy.
 idle()
 {
-	! pgrep -ax cowctl
+	! running_cowctls
 }
 
 # kill_nbdkit SOCKET DEVICE: the server dies, whoever is connected to it

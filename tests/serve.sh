@@ -186,7 +186,7 @@ try:
 except nbd.Error as e:
     print(e)
 a.shutdown()
-for i in range(200):
+for i in range(1200):
     try:
         c = connect()
         break
@@ -338,6 +338,12 @@ assert b.pread(1 << 20, 0) == BASE and a.pread(4096, 0) == b"A" * 4096'
 	image_is_unchanged
 }
 
+# learned PROCESSES: as many of cowctl are left
+learned()
+{
+	[ "$(running_cowctls | wc -l)" = "$1" ]
+}
+
 # What the server of the base knows to be zero every client is told, also after all
 # others have gone.
 holes()
@@ -350,6 +356,8 @@ holes()
 	undo rm -f "$work"/{nbd,nbd.pid}
 	start_nbdkit "$work/nbd" file "$work/sparse.img"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
+	# it waits for them, but only a moment
+	wait_until 30 learned 1
 	is 'the map' "$(map "$uri")" "$want"
 	wait_until 20 overlays_are 0
 	is 'the map after that' "$(map "$uri")" "$want"
@@ -359,23 +367,18 @@ holes()
 	stops TERM
 }
 
-# learned PROCESSES: as many of cowctl are left
-learned()
-{
-	[ "$(pgrep -cx cowctl)" = "$1" ]
-}
-
 # One that takes its time is not waited for, and not when it ends either.
 slow_holes()
 {
 	need nbdkit nbd-client nbdinfo
 	begin_serve :
-	undo rm -f "$work"/{nbd,nbd.pid}
+	# gone only after who may still wait for it
+	undo rm -f "$work"/{nbd,nbd.pid,go}
 	start_nbdkit "$work/nbd" eval get_size='echo 1M' can_extents='exit 0' \
 		pread="head -c \$3 /dev/zero | tr '\\0' x" \
 		extents="while [ ! -e '$work/go' ]; do sleep 0.1; done
 			echo '0 65536 zero'; echo '65536 983040'"
-	undo rm -f "$work/go"
+	undo touch "$work/go"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
 	is 'the map' "$(map "$uri")" '0+1048576:0'
 	touch "$work/go"
@@ -386,7 +389,6 @@ slow_holes()
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
 	learned 2
 	stops TERM
-	touch "$work/go"
 }
 
 # The sockets of systemd, which are open already and come with the environment.
