@@ -150,7 +150,7 @@ hung_server()
 	make_loop_base 4194304
 	start_server
 	pid=$(<"$work/socket.pid")
-	make_nbd "$work/socket" -timeout 2
+	make_nbd "$work/socket" -timeout 10
 	make_cow test-cow 8192 "$REPLY"
 	io $COW "${CHANGE[@]}"
 	undo kill -CONT "$pid"

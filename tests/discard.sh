@@ -107,12 +107,12 @@ huge()
 	before=$(field test-cow metadata)
 	io /dev/mapper/test-cow 'write 5T 4k A' 'write 16777212M 2M B' 'write 512 1k C'
 	status_is test-cow used=514
-	timeout 30 blkdiscard /dev/mapper/test-cow
+	timeout 120 blkdiscard /dev/mapper/test-cow
 	status_is test-cow used=0 zeroed=$((1 << 32))
 	between 'metadata in bytes' "$(field test-cow metadata)" 0 "$before"
 	io /dev/mapper/test-cow 'check 0 8k 0' 'check 5T 8k 0' 'check 16777212M end 0'
-	timeout 30 blkdiscard /dev/mapper/test-cow
-	timeout 30 blkdiscard -z -l $((1 << 41)) /dev/mapper/test-cow
+	timeout 120 blkdiscard /dev/mapper/test-cow
+	timeout 120 blkdiscard -z -l $((1 << 41)) /dev/mapper/test-cow
 	status_is test-cow used=0 zeroed=$((1 << 32))
 	between 'metadata in bytes' "$(field test-cow metadata)" 0 "$before"
 }

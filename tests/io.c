@@ -35,7 +35,7 @@
 #define BIGGEST (4 << 20)	/* bytes of the longest request there is */
 #define WORDS 12		/* words of a command */
 #define JOBS 320		/* commands in the background */
-#define DEADLINE 30		/* seconds to wait for a condition */
+#define DEADLINE 120		/* seconds to wait for a condition */
 
 static const char *path, *main_path;
 static int fd = -1;

@@ -15,7 +15,7 @@ soon()
 {
 	local tries
 
-	for ((tries = 0; tries < 20; tries++)); do
+	for ((tries = 0; tries < 100; tries++)); do
 		if said=$(io $COW "nowait $1"); then
 			return 0
 		fi
