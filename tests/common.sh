@@ -68,10 +68,11 @@ between()
 	fi
 }
 
-# Waits until a command succeeds; the first argument tells how many seconds.
+# Waits until a command succeeds; the first argument tells how many seconds that
+# may take on a quiet machine.
 wait_until()
 {
-	local end=$((SECONDS + $1))
+	local end=$((SECONDS + 6 * $1))
 
 	shift
 	until "$@"; do
@@ -140,7 +141,8 @@ make_brd()
 
 	! grep -q '^brd ' /proc/modules || fail 'brd is in use'
 	need_module brd "rd_nr=${2:-1}" "rd_size=$1"
-	undo rmmod brd
+	# udev looks at what was written to
+	undo wait_until 10 rmmod brd
 	for ((i = 0; i < ${2:-1}; i++)); do
 		guard "/dev/ram$i" 'write 0 end .'
 	done

@@ -409,7 +409,7 @@ refuses_busy_bases()
 
 	need sfdisk mkswap
 	begin need_module brd rd_nr=1 rd_size=2048
-	undo rmmod brd
+	undo wait_until 10 rmmod brd
 	dev=/dev/ram0
 	mkfs.ext2 -q $dev
 	mkdir "$work/m n"

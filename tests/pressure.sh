@@ -82,7 +82,7 @@ soon()
 {
 	local tries
 
-	for ((tries = 0; tries < 20; tries++)); do
+	for ((tries = 0; tries < 100; tries++)); do
 		if io $COW "nowait $1"; then
 			return 0
 		fi
@@ -109,7 +109,7 @@ swapped_out()
 	before=$(<$SWAPPED/memory.swap.current)
 	io $COW 'discard 16M 8M'
 	between 'bytes of swap given back' $((before - $(<$SWAPPED/memory.swap.current))) \
-		$((7 << 20)) $((9 << 20))
+		$((6 << 20)) $((9 << 20))
 	io -b $COW 'is 0 AAAAABAA' 'check 4k 2044k A' 'is 2M ABAAAAAA' 'check 2052k 2044k A' \
 		'check 4M 1M C' 'check 5M 1M A' 'check 6M 64k C' 'check 6208k 4032k A' \
 		'check 10M 4k D' 'is 20488s AAAAADDD' 'check 10248k 2040k A' 'is 12M AA00AAAA' \
@@ -221,7 +221,7 @@ filesystem()
 make_zram()
 {
 	need_module zram num_devices=1
-	undo rmmod zram
+	undo wait_until 10 rmmod zram
 	echo "$1" >/sys/block/zram0/disksize
 	mkswap /dev/zram0
 	swapon /dev/zram0

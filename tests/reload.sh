@@ -12,7 +12,7 @@ COW=/dev/mapper/test-cow
 fixture()
 {
 	need_module brd rd_nr=2 rd_size=16384
-	undo rmmod brd
+	undo wait_until 10 rmmod brd
 	guard /dev/ram0 'write 0 end .' 'write 20s 1s X'
 	guard /dev/ram1 'write 0 end .' 'write 20s 1s Y'
 	make_cow test-cow 32768 /dev/ram0
