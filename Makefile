@@ -204,7 +204,8 @@ deps demo-deps debug-deps:
 	fi; \
 	echo "installing$$missing"; \
 	$$sudo apt-get update -q && \
-	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+		-o DPkg::Lock::Timeout=600 $$missing
 
 .PHONY: demo check check-kernels check-debug fuzz bench-cache
 demo: demo-deps
