@@ -56,11 +56,17 @@ static inline int dm_create(const char *name)
 	return dm_call(DM_DEV_CREATE, name, 0, &call);
 }
 
+/* Whoever else looks at new devices, as udev does, has them open for a moment. */
 static inline int dm_remove(const char *name)
 {
-	struct dm_call call = { 0 };
+	struct dm_call call;
+	int ret, tries = 500;
 
-	return dm_call(DM_DEV_REMOVE, name, 0, &call);
+	do {
+		memset(&call, 0, sizeof(call));
+		ret = dm_call(DM_DEV_REMOVE, name, 0, &call);
+	} while (ret == -EBUSY && --tries && !usleep(10000));
+	return ret;
 }
 
 /* Leaves the device's minor number, by which /dev/dm-* is named, in @number. */

@@ -943,22 +943,14 @@ static void open_device(void)
 
 static void remove_device(void)
 {
-	struct dm_call call = { 0 };
-	int ret = 0, tries;
+	int ret;
 
 	if (fd >= 0)
 		close(fd);
 	if (cached_fd >= 0)
 		close(cached_fd);
 	fd = cached_fd = -1;
-	/* whoever else looks at new devices has it open for a moment */
-	for (tries = 0; tries < 500; tries++) {
-		memset(&call, 0, sizeof(call));
-		ret = dm_call(DM_DEV_REMOVE, NAME, 0, &call);
-		if (ret != -EBUSY)
-			break;
-		usleep(10000);
-	}
+	ret = dm_remove(NAME);
 	if (ret != -ENXIO)
 		check(ret, "removing the device");
 }
