@@ -25,6 +25,15 @@
 #include <linux/hex.h>
 #endif
 
+/* dm_get_dev_t() became dm_devt_from_path(), which tells errors. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+static inline int dm_devt_from_path(const char *path, dev_t *dev)
+{
+	*dev = dm_get_dev_t(path);
+	return *dev ? 0 : -ENODEV;
+}
+#endif
+
 /* 6.5: block devices are opened with blk_mode_t. */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 5, 0)
 #define BLK_OPEN_READ		FMODE_READ

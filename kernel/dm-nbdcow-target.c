@@ -126,7 +126,8 @@
  *  - a discard holds the shard lock for write and saves before the state changes.
  *  - a reset leaves the view its layer, which nobody changes any more.
  *  - a reader of a block that is not saved locks the page, and looks again.
- * A change never fails for a view: where a block cannot be saved, the view fails.
+ * A rewrite or discard never fails for a view: where a block cannot be saved, the
+ * view fails.
  * So at most as many blocks are saved as the overlay had; they count in the total
  * of all overlays, but not in the overlay's limit.
  *
@@ -1266,16 +1267,16 @@ static int __init nbdcow_init(void)
 		ret = -ENOMEM;
 		goto bad_shrinker;
 	}
-	ret = dm_register_target(&nbdcow_target_type);
-	if (ret)
-		goto bad_wq;
 	ret = dm_register_target(&nbdcow_view_type);
 	if (ret)
-		goto bad_target;
+		goto bad_wq;
+	ret = dm_register_target(&nbdcow_target_type);
+	if (ret)
+		goto bad_view;
 	return 0;
 
-bad_target:
-	dm_unregister_target(&nbdcow_target_type);
+bad_view:
+	dm_unregister_target(&nbdcow_view_type);
 bad_wq:
 	destroy_workqueue(nbdcow_wq);
 bad_shrinker:
@@ -1287,8 +1288,8 @@ bad_map:
 
 static void __exit nbdcow_exit(void)
 {
-	dm_unregister_target(&nbdcow_view_type);
 	dm_unregister_target(&nbdcow_target_type);
+	dm_unregister_target(&nbdcow_view_type);
 	destroy_workqueue(nbdcow_wq);
 	nbdcow_shrinker_exit();
 	nbdcow_map_exit();

@@ -266,6 +266,21 @@ enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block)
 	return state;
 }
 
+static unsigned long patience_ends(struct nbdcow_overlay *ov)
+{
+	return jiffies + (READ_ONCE(ov->store_full) ? 0 : NBDCOW_NOMEM_PATIENCE);
+}
+
+/* Is it worth another try? Not in map(). */
+static bool wait_for_memory(int ret, unsigned long end)
+{
+	if (ret != -ENOMEM || !time_before(jiffies, end))
+		return false;
+	/* kswapd can do what GFP_NOIO cannot: swap out. */
+	schedule_timeout_uninterruptible(NBDCOW_NOMEM_PAUSE);
+	return true;
+}
+
 /* Does the view need the block as it is? Under RCU or the block's shard lock. */
 static bool view_needs(struct nbdcow_view *view, struct nbdcow_layer *layer,
 		       u64 block)
@@ -463,6 +478,7 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			  u64 block, enum nbdcow_context context)
 {
 	struct mutex *lock = installer_lock(ov, block);
+	unsigned long end = patience_ends(ov);
 	struct mem_cgroup *old_memcg;
 	struct nbdcow_view *view;
 	int ret = 0;
@@ -478,11 +494,16 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	list_for_each_entry(view, &ov->views, list) {
 		if (!view_needs(view, layer, block))
 			continue;
-		ret = save_block(view, block, context);
+		do {
+			ret = save_block(view, block, context);
+		} while (context == NBDCOW_WORK && wait_for_memory(ret, end));
 		if (!ret)
 			continue;
 		if (context != NBDCOW_WORK) {
-			ret = context == NBDCOW_NOWAIT ? -EAGAIN : -EINPROGRESS;
+			if (context == NBDCOW_MAP)
+				ret = -EINPROGRESS;
+			else if (ret != -EINPROGRESS)
+				ret = -EAGAIN;
 			break;
 		}
 		WRITE_ONCE(view->failed, true);
@@ -493,6 +514,22 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	set_active_memcg(old_memcg);
 	mutex_unlock(lock);
 	return ret;
+}
+
+/* Before stored blocks of a leaf go; under their shard lock. */
+static void save_range(struct nbdcow_overlay *ov, u64 block, u64 count)
+{
+	struct nbdcow_layer *layer = layer_of(ov);
+	u64 run;
+
+	for (; count && !list_empty(&ov->views); count -= run, block += run) {
+		run = 1;
+		if (nbdcow_map_state(layer->map, block) == NBDCOW_OVERLAY)
+			save_for_views(ov, layer, block, NBDCOW_WORK);
+		else
+			nbdcow_map_run(layer->map, block, count, &run);
+		cond_resched();
+	}
 }
 
 /* Copy the piece to its locked page and publish the block if it is new. */
@@ -664,17 +701,13 @@ int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
 			int (*action)(struct nbdcow_overlay *ov,
 				      struct nbdcow_piece *piece))
 {
-	unsigned long patience = READ_ONCE(ov->store_full) ?
-				 0 : NBDCOW_NOMEM_PATIENCE;
-	unsigned long end = jiffies + patience;
+	unsigned long end = patience_ends(ov);
 	int ret;
 
 	piece->context = NBDCOW_WORK;
-	while ((ret = action(ov, piece)) == -ENOMEM &&
-	       time_before(jiffies, end)) {
-		/* kswapd can do what GFP_NOIO cannot: swap out. */
-		schedule_timeout_uninterruptible(NBDCOW_NOMEM_PAUSE);
-	}
+	do {
+		ret = action(ov, piece);
+	} while (wait_for_memory(ret, end));
 	if (ret == -ENOMEM && piece->new_block)
 		note_refused(ov, ret);
 	return ret;
@@ -685,17 +718,14 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 {
 	struct nbdcow_layer *layer = layer_of(ov);
 	struct mem_cgroup *old_memcg;
-	unsigned long stored, i;
+	unsigned long stored;
 	int ret;
 
 	lockdep_assert_held_write(shard_lock(ov, block));
 
 	if (nbdcow_map_is_uniform(layer->map, block, count, NBDCOW_ZERO))
 		return 0;
-	for (i = 0; i < count && !list_empty(&ov->views); i++) {
-		save_for_views(ov, layer, block + i, NBDCOW_WORK);
-		cond_resched();
-	}
+	save_range(ov, block, count);
 
 	if (count == NBDCOW_LEAF_BLOCKS) {
 		stored = nbdcow_map_zero_leaf(layer->map, block);
@@ -741,6 +771,12 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 		unsigned long n = nbdcow_leaf_span(block, count);
 		struct rw_semaphore *lock = shard_lock(ov, block);
 
+		/* Most of it while others can still read and install. */
+		if (unlikely(!list_empty(&ov->views))) {
+			down_read(lock);
+			save_range(ov, block, n);
+			up_read(lock);
+		}
 		down_write(lock);
 		ret = __zero_leaf(ov, block, n);
 		up_write(lock);
@@ -815,7 +851,8 @@ static int overlay_grow(struct nbdcow_overlay *ov, u64 nr_blocks)
 	kref_init(&new->kref);
 
 	mutex_lock(&ov->mutex);
-	if (!list_empty(&ov->views)) {
+	/* Also a view that is going still has the layer. */
+	if (!list_empty(&ov->views) || kref_read(&layer_of(ov)->kref) > 1) {
 		mutex_unlock(&ov->mutex);
 		kvfree(new->map);
 		kfree(new);
@@ -985,9 +1022,12 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	u64 nr_blocks = DIV_ROUND_UP_ULL(ti->len, NBDCOW_BLOCK_SECTORS);
 	struct mapped_device *md = dm_table_get_md(ti->table);
 	struct nbdcow_overlay *ov;
+	unsigned int noio;
 	int ret;
 
 	mutex_lock(&overlays_mutex);
+	/* Who makes a view of a suspended device may be waiting for the mutex. */
+	noio = memalloc_noio_save();
 	list_for_each_entry(ov, &overlays, list) {
 		if (ov->md != md)
 			continue;
@@ -1009,6 +1049,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 		list_add(&ov->list, &overlays);
 	}
 out:
+	memalloc_noio_restore(noio);
 	mutex_unlock(&overlays_mutex);
 	return ov;
 }
@@ -1057,7 +1098,7 @@ static struct nbdcow_overlay *find_overlay(dev_t dev)
 /**
  * nbdcow_view_create() - prepare a view of an overlay
  * @dev: the overlay's device
- * @sectors: size of the view
+ * @sectors: size of the view, at most the device's
  * @error: set to a message when it fails
  *
  * From here on the overlay cannot grow. The device may go: its overlay stays.
@@ -1091,17 +1132,19 @@ struct nbdcow_view *nbdcow_view_create(dev_t dev, sector_t sectors, char **error
 	/* A resume of the device may be waiting for us while I/O waits for it. */
 	noio = memalloc_noio_save();
 	layer = layer_of(ov);
-	if (nr_blocks != layer->map->nr_blocks) {
-		*error = "The view has not the size of the device";
+	if (nr_blocks > layer->map->nr_blocks) {
+		*error = "The view is longer than the device";
 		ret = -EINVAL;
 		goto bad;
 	}
+	nr_blocks = layer->map->nr_blocks;
 	view->states = nbdcow_map_create(nr_blocks, GFP_KERNEL_ACCOUNT);
 	view->saved = nbdcow_map_create(nr_blocks, GFP_KERNEL_ACCOUNT);
 	if (!view->states || !view->saved)
 		goto bad;
 	view->file = nbdcow_store_another(layer->file);
 	if (IS_ERR(view->file)) {
+		*error = "Cannot create the view's file";
 		ret = PTR_ERR(view->file);
 		view->file = NULL;
 		goto bad;
@@ -1221,15 +1264,7 @@ static struct page *get_viewed(struct nbdcow_view *view, u64 block)
 	return page;
 }
 
-/**
- * nbdcow_view_read() - read bytes of a block that was stored
- * @view: the view, frozen
- * @piece: which bytes; its iterator is advanced on success
- *
- * Context: process context, not in map(); sleeps.
- * Return: 0; -EIO if the view is lost; -EIO or -ENOMEM from swapping in.
- */
-int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece)
+static int view_read(struct nbdcow_view *view, struct nbdcow_piece *piece)
 {
 	struct rw_semaphore *lock = shard_lock(view->overlay, piece->block);
 	struct page *page;
@@ -1255,5 +1290,24 @@ int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece)
 	put_page(page);
 out:
 	up_read(lock);
+	return ret;
+}
+
+/**
+ * nbdcow_view_read() - read bytes of a block that was stored
+ * @view: the view, frozen
+ * @piece: which bytes; its iterator is advanced on success
+ *
+ * Context: process context, not in map(); sleeps.
+ * Return: 0; -EIO if the view is lost; -EIO or -ENOMEM from swapping in.
+ */
+int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece)
+{
+	unsigned long end = patience_ends(view->overlay);
+	int ret;
+
+	do {
+		ret = view_read(view, piece);
+	} while (wait_for_memory(ret, end));
 	return ret;
 }

@@ -100,21 +100,10 @@ static void view_dtr(struct dm_target *ti)
 	kfree(v);
 }
 
-static int parse_dev(const char *path, dev_t *dev)
-{
-	unsigned int major, minor;
-	char rest;
-
-	if (sscanf(path, "%u:%u%c", &major, &minor, &rest) != 2)
-		return lookup_bdev(path, dev);
-	*dev = MKDEV(major, minor);
-	return 0;
-}
-
 /*
  * <device> <base device>
  *
- *	<device>	with an nbdcow table of the view's size
+ *	<device>	with an nbdcow table, at least as long
  *	<base device>	as in that table
  */
 static int view_ctr(struct dm_target *ti, unsigned int argc, char **argv)
@@ -138,7 +127,7 @@ static int view_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	v->ti = ti;
 	ti->private = v;
 
-	ret = parse_dev(argv[0], &v->dev);
+	ret = dm_devt_from_path(argv[0], &v->dev);
 	if (ret) {
 		ti->error = "The device to view does not exist";
 		goto bad;
@@ -146,6 +135,11 @@ static int view_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	ret = dm_get_device(ti, argv[1], BLK_OPEN_READ, &v->base);
 	if (ret) {
 		ti->error = "Cannot open the base device";
+		goto bad;
+	}
+	if (v->base->bdev->bd_disk == dm_disk(dm_table_get_md(ti->table))) {
+		ti->error = "A device cannot be its own base";
+		ret = -EINVAL;
 		goto bad;
 	}
 	v->view = nbdcow_view_create(v->dev, ti->len, &ti->error);

@@ -182,17 +182,41 @@ refused()
 bad_tables()
 {
 	refused 'Two devices are needed' "0 $SECTORS nbdcow-view $COW"
-	refused 'has not the size' "0 8 nbdcow-view $COW /dev/ram0"
+	refused 'longer than the device' "0 $((SECTORS + 8)) nbdcow-view $COW /dev/ram0"
 	refused 'has no nbdcow table' "0 $SECTORS nbdcow-view /dev/ram0 /dev/ram0"
 	refused 'does not exist' "0 $SECTORS nbdcow-view /dev/none /dev/ram0"
 	refused 'Cannot open the base' "0 $SECTORS nbdcow-view $COW /dev/none"
 	fails dmsetup create test-view --table "0 $SECTORS nbdcow-view $COW /dev/ram0"
 	kernel_log | grep -F 'A view is read-only'
+	undo dmsetup remove --retry test-self
+	dmsetup create test-self --notable
+	fails dmsetup load test-self --readonly \
+		--table "0 $SECTORS nbdcow-view $COW /dev/mapper/test-self"
 	make_view
 	fails dmsetup message test-view 0 extents 0
 	fails dmsetup message test-view 0 reset
 	fails dmsetup message test-view 0 extents $((SECTORS / 8)) 1
+	dmsetup wipe_table test-view
+	# what is longer than the device is its map only
+	reload test-cow $((SECTORS - 8)) /dev/ram0
+	make_dm test-view2 "0 8 zero"
+	dmsetup load test-view2 --readonly --table "0 $((SECTORS - 8)) nbdcow-view $COW /dev/ram0"
+	dmsetup resume test-view2
+	io /dev/mapper/test-view2 'check 0 100M .' 'check 100M end 0'
+	reload test-cow $SECTORS /dev/ram0
 	fails dd if=/dev/zero of=$VIEW bs=4k count=1 oflag=direct conv=notrunc
+}
+
+# It looks at what is stored, and not at each block.
+large()
+{
+	make_cow test-cow2 $((1 << 31)) /dev/ram0
+	io /dev/mapper/test-cow2 'write 5M 4k A'
+	dmsetup create test-view --readonly \
+		--table "0 $((1 << 31)) nbdcow-view /dev/mapper/test-cow2 /dev/ram0"
+	undo dmsetup remove --retry test-view
+	timeout 30 blkdiscard /dev/mapper/test-cow2
+	io $VIEW 'check 4M 1M .' 'check 5M 4k A' 'check 200G 1M 0'
 }
 
 # Mounted and suspended with its file system, it can be frozen.
@@ -239,5 +263,6 @@ run_tests \
 	tables 'tables of a copy that is viewed' \
 	no_room 'no memory to keep a block' \
 	bad_tables 'tables and messages that are no good' \
+	large 'a discard of 1 TiB beside a view' \
 	mounted 'a file system' \
 	races 'views of a busy copy'
