@@ -200,6 +200,7 @@ static int view_message(struct dm_target *ti, unsigned int argc, char **argv,
 {
 	struct view_target *v = ti->private;
 
+	/* Pairs with the release in nbdcow_view_freeze(): states are there. */
 	if (argc == 3 && !strcasecmp(argv[0], "extents") &&
 	    smp_load_acquire(&v->view->layer))
 		return nbdcow_extents(ti, argc, argv, result, maxlen,
