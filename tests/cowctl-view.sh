@@ -46,6 +46,31 @@ with open("/dev/mapper/test-cow", "r+b", buffering=0) as f:
 		.key * 8192 or .value.length != 4096 or .value.state != "written")]' "$work/changes")" '[]'
 }
 
+# A device that goes away between two answers of the kernel leaves no half of a report.
+whole_or_nothing()
+{
+	local calls
+
+	need strace python3
+	begin make_brd 64
+	cowctl create test-cow base="$REPLY" size=64M
+	python3 -c '
+with open("/dev/mapper/test-cow", "r+b", buffering=0) as f:
+    for block in range(0, 16384, 4):
+        f.seek(block * 4096)
+        f.write(b"A" * 4096)'
+	sync /dev/mapper/test-cow
+	strace -qq -o "$work/trace" -e trace=ioctl cowctl changes test-cow --json >"$work/changes"
+	undo rm -f "$work"/{changes,trace}
+	jq -e '.ranges | length == 4096' "$work/changes"
+	calls=$(grep -c DM_TARGET_MSG "$work/trace")
+	between 'the number of answers' "$calls" 2 1000
+	calls=$(grep -n DM_TARGET_MSG "$work/trace" | tail -n 1)
+	says 1 'cannot get the map of test-cow: No such device or address' strace -qq -o "$work/trace" \
+		-e trace=ioctl -e "inject=ioctl:error=ENXIO:when=${calls%%:*}" \
+		cowctl changes test-cow --json
+}
+
 # Each range is told of the partition it lies in, and is cut at its end.
 partitions()
 {
@@ -114,6 +139,7 @@ prometheus()
 run_tests \
 	all_states 'changes in all states' \
 	many_ranges 'many changes' \
+	whole_or_nothing 'a report of changes is whole' \
 	partitions 'changes by partition' \
 	drawing 'a map' \
 	prometheus 'metrics'

@@ -131,6 +131,7 @@ struct partition {
 
 struct changes {
 	bool json;
+	FILE *out;			/* JSON is kept until it is whole */
 	bool any;			/* was printed */
 	uint64_t changed[KINDS];
 	struct partition *partitions;	/* in the order of where they start */
@@ -186,14 +187,15 @@ static void print_range(struct changes *changes, const struct range *range, int 
 	if (partition)
 		snprintf(number, sizeof(number), "%d", partition);
 	if (changes->json)
-		printf("%s\n    { \"start\": %" PRIu64 ", \"length\": %" PRIu64
-		       ", \"state\": \"%s\", \"partition\": %s }", changes->any ? "," : "",
-		       range->start, range->end - range->start, kind_names[range->kind],
-		       partition ? number : "null");
+		fprintf(changes->out, "%s\n    { \"start\": %" PRIu64 ", \"length\": %" PRIu64
+			", \"state\": \"%s\", \"partition\": %s }", changes->any ? "," : "",
+			range->start, range->end - range->start, kind_names[range->kind],
+			partition ? number : "null");
 	else
-		printf("%20" PRIu64 " %20" PRIu64 "  %-10s %-8s %s\n", range->start,
-		       range->end - range->start, human_size(range->end - range->start, size),
-		       kind_names[range->kind], number);
+		fprintf(changes->out, "%20" PRIu64 " %20" PRIu64 "  %-10s %-8s %s\n",
+			range->start, range->end - range->start,
+			human_size(range->end - range->start, size), kind_names[range->kind],
+			number);
 	changes->any = true;
 }
 
@@ -245,39 +247,60 @@ static void print_sums(const struct changes *changes)
 	human_size(changes->changed[WRITTEN], written);
 	human_size(changes->changed[ZEROED], zeroed);
 	if (!changes->json) {
-		printf("%s written, %s zeroed\n", written, zeroed);
+		fprintf(changes->out, "%s written, %s zeroed\n", written, zeroed);
 		for (int i = 0; i < changes->nr; i++)
-			printf("  partition %-3d %s\n", changes->partitions[i].number,
-			       human_size(changes->partitions[i].changed, written));
+			fprintf(changes->out, "  partition %-3d %s\n",
+				changes->partitions[i].number,
+				human_size(changes->partitions[i].changed, written));
 		return;
 	}
-	printf("%s],\n  \"written\": %" PRIu64 ",\n  \"zeroed\": %" PRIu64 ",\n  \"partitions\": [",
-	       changes->any ? "\n  " : "", changes->changed[WRITTEN], changes->changed[ZEROED]);
+	fprintf(changes->out, "%s],\n  \"written\": %" PRIu64 ",\n  \"zeroed\": %" PRIu64
+		",\n  \"partitions\": [", changes->any ? "\n  " : "", changes->changed[WRITTEN],
+		changes->changed[ZEROED]);
 	for (int i = 0; i < changes->nr; i++)
-		printf("%s\n    { \"number\": %d, \"start\": %" PRIu64 ", \"length\": %" PRIu64
-		       ", \"changed\": %" PRIu64 " }", i ? "," : "", changes->partitions[i].number,
-		       changes->partitions[i].start,
-		       changes->partitions[i].end - changes->partitions[i].start,
-		       changes->partitions[i].changed);
-	printf("%s]\n}\n", changes->nr ? "\n  " : "");
+		fprintf(changes->out, "%s\n    { \"number\": %d, \"start\": %" PRIu64
+			", \"length\": %" PRIu64 ", \"changed\": %" PRIu64 " }", i ? "," : "",
+			changes->partitions[i].number, changes->partitions[i].start,
+			changes->partitions[i].end - changes->partitions[i].start,
+			changes->partitions[i].changed);
+	fprintf(changes->out, "%s]\n}\n", changes->nr ? "\n  " : "");
+}
+
+static int list_changes(const struct cow *cow, struct changes *changes)
+{
+	int err;
+
+	if (changes->json)
+		fprintf(changes->out, "{\n  \"ranges\": [");
+	else
+		fprintf(changes->out, "%20s %20s  %-10s %-8s %s\n", "START", "LENGTH", "", "STATE",
+			"PARTITION");
+	err = walk_device(cow, list_range, changes);
+	if (!err)
+		print_sums(changes);
+	return err;
 }
 
 int cmd_changes(const struct args *args)
 {
-	struct changes changes = { .json = args->json };
+	struct changes changes = { .json = args->json, .out = stdout };
+	char *text = NULL;
 	struct cow cow;
+	size_t size;
 	int err = find_cow(args, &cow);
 
 	if (err)
 		return err;
 	find_partitions(&cow, &changes);
-	if (args->json)
-		printf("{\n  \"ranges\": [");
-	else
-		printf("%20s %20s  %-10s %-8s %s\n", "START", "LENGTH", "", "STATE", "PARTITION");
-	err = walk_device(&cow, list_range, &changes);
-	if (!err)
-		print_sums(&changes);
+	/* The device may go away meanwhile, and half a JSON is of no use. */
+	if (changes.json)
+		changes.out = open_memstream(&text, &size);
+	err = changes.out ? list_changes(&cow, &changes) : fail(-ENOMEM, "out of memory");
+	if (changes.json && changes.out && (ferror(changes.out) | fclose(changes.out)) && !err)
+		err = fail(-ENOMEM, "out of memory");
+	if (!err && text)
+		fputs(text, stdout);
+	free(text);
 	free(changes.partitions);
 	return err;
 }
@@ -361,9 +384,7 @@ static void print_drawing(const struct cow *cow, const struct drawing *drawing)
 		[ZEROED] = { "", "o", "o", "o", "0" },
 	};
 	static const char *const colours[KINDS] = { "\033[2m", "\033[33m", "\033[36m" };
-	const char *no_colour = getenv("NO_COLOR"), *term = getenv("TERM");
-	bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour) && term &&
-		      strcmp(term, "dumb");
+	bool colour = terminal_takes_colour();
 	int shade;
 
 	print_legend(cow, drawing);

@@ -175,6 +175,7 @@ bool any_link(dev_t dev, const char *kind,
 void stop_signals(sigset_t *set);
 int open_stop_signals(void);
 bool interrupted(void);
+bool terminal_takes_colour(void);
 
 struct run {
 	const char *const *argv;

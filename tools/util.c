@@ -216,6 +216,14 @@ bool interrupted(void)
 	       sigismember(&set, SIGHUP);
 }
 
+/* Whether standard output is a terminal, not a dumb one, and colour is not unwanted. */
+bool terminal_takes_colour(void)
+{
+	const char *no_colour = getenv("NO_COLOR"), *term = getenv("TERM");
+
+	return isatty(STDOUT_FILENO) && !(no_colour && *no_colour) && term && strcmp(term, "dumb");
+}
+
 int64_t now_ms(void)
 {
 	struct timespec ts;
