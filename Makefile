@@ -183,7 +183,7 @@ packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libbl
 	busybox-static nbdkit nbdkit-plugin-dev nbd-client libnbd-bin dmsetup e2fsprogs fdisk \
 	gdisk kpartx mmdebstrap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
-	xfsprogs strace liburing-dev spin python3-libnbd
+	xfsprogs strace liburing-dev spin python3-libnbd python3-jsonschema
 
 # to build kernels
 debug_packages := flex bison bc

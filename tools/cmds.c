@@ -261,6 +261,30 @@ int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
 	return 0;
 }
 
+/* A number from 1 on; 0 where it is not given. */
+int parse_number(const struct args *args, enum key key, uint64_t *number)
+{
+	const char *text = args->value[key];
+
+	*number = 0;
+	if (!text || (!parse_size(text, number) && *number && *number <= UINT32_MAX &&
+		      strspn(text, "0123456789") == strlen(text)))
+		return 0;
+	return fail(-EINVAL, "%s=%s is no number from 1 on", key_name(key), text);
+}
+
+/* Seconds; @ms stays as it is where they are not given. */
+int parse_time(const struct args *args, enum key key, uint64_t least_ms, uint64_t *ms)
+{
+	const char *text = args->value[key];
+	int err = text ? parse_seconds(text, ms) : 0;
+
+	if (err == -ERANGE || (!err && text && *ms < least_ms))
+		return fail(-EINVAL, "%s=%s is out of range", key_name(key), text);
+	return err ? fail(-EINVAL, "%s=%s is no number of seconds (10, 0.5)", key_name(key),
+			  text) : 0;
+}
+
 /* true, false, or a path that switches it; @path is NULL without one. */
 static int parse_cow_on_read(const struct args *args, bool *on, const char **path)
 {
@@ -554,7 +578,7 @@ static struct json_object *describe_parts(const struct cow *cow)
 }
 
 /* A device as JSON, the same wherever one is reported; sizes are in bytes. */
-static struct json_object *describe(const struct cow *cow)
+struct json_object *describe(const struct cow *cow)
 {
 	const struct cow_status *status = &cow->status;
 	struct json_object *object = json_object_new_object(), *served = NULL;
@@ -1003,6 +1027,12 @@ int cmd_status(const struct args *args)
 	struct cow cow;
 	int err;
 
+	if (args->watch)
+		return args->prometheus ?
+		       fail(-EINVAL, "--watch and --prometheus exclude each other") : cmd_top(args);
+	for (enum key key = KEY_SORT; key <= KEY_LOOKS; key++)
+		if (args->value[key])
+			return fail(-EINVAL, "status: %s= needs --watch", key_name(key));
 	if (args->prometheus)
 		return show_metrics(args);
 	err = find_cow(args, &cow);

@@ -8,11 +8,13 @@ _cowctl()
 {
 	local word=${COMP_WORDS[COMP_CWORD]} command='' line key values
 
+	COMPREPLY=()
 	for line in "${COMP_WORDS[@]:1:COMP_CWORD - 1}"; do
+		# what is to be run may be anything
+		[[ $command != wait || $line != -- ]] || { compopt -o default; return; }
 		[[ $command || $line = -* ]] || command=$line
 	done
 
-	COMPREPLY=()
 	# bash takes = as a word of its own.
 	if [[ $word = '=' ]]; then
 		word='' key=${COMP_WORDS[COMP_CWORD - 1]}
@@ -39,14 +41,14 @@ _cowctl()
 		return
 	fi
 	if [[ $word = -* ]]; then
-		mapfile -t COMPREPLY < <(compgen -W '--json --help --prometheus' -- "$word")
+		mapfile -t COMPREPLY < <(compgen -W '--json --help --prometheus --watch' -- "$word")
 		return
 	fi
 	while read -r line; do
 		key=${line%%=*}=
 		[[ $key != "$word"* ]] || COMPREPLY+=("$key")
 	done < <(cowctl help "$command" 2>/dev/null | sed -n 's/^  \([a-z-]*=\).*/\1/p')
-	if [[ ${COMP_WORDS[COMP_CWORD - 1]} = "$command" && $command != create && $command != list ]]; then
+	if [[ ${COMP_WORDS[COMP_CWORD - 1]} = "$command" && ! $command =~ ^(create|list|top)$ ]]; then
 		for line in /dev/mapper/*; do
 			line=${line##*/}
 			[[ $line != "$word"* || $line = control ]] || COMPREPLY+=("$line")

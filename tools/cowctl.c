@@ -48,6 +48,12 @@ static const struct {
 	[KEY_RANGE] = { "range", "START-END", "from and to where, such as 1G-2G; all by default" },
 	[KEY_RATE] = { "rate", "SIZE", "the most to read in a second" },
 	[KEY_WAIT] = { "wait", "true|false", "until it is done; true by default" },
+	[KEY_SORT] = { "sort", "used|rate|name", "what comes first; used by default" },
+	[KEY_DELAY] = { "delay", "SECONDS", "from one look to the next; 1 by default" },
+	[KEY_LOOKS] = { "count", "NUMBER", "of looks, then end; without end by default" },
+	[KEY_THRESHOLD] = { "threshold", "THRESHOLD",
+			    "what is to be used: 4G, or 80% (of the limit)" },
+	[KEY_TIMEOUT] = { "timeout", "SECONDS", "the most to wait; without end by default" },
 	[KEY_PER_CLIENT] = { "per-client", "true|false", "a copy for each connection" },
 	[KEY_PER_EXPORT_NAME] = { "per-export-name", "true|false", "a copy for each export name" },
 	[KEY_MAX_CLIENTS] = { "max-clients", "NUMBER", "the most copies; 256 by default" },
@@ -60,6 +66,7 @@ static const struct command {
 	const char *usage;
 	const char *help;
 	unsigned int keys;
+	bool can_run;			/* takes -- COMMAND */
 	bool no_name;			/* takes no NAME */
 	bool many;			/* NAME is that of many devices */
 	bool can_stop;			/* takes the word stop */
@@ -86,8 +93,23 @@ static const struct command {
 	}, {
 		.name = "status",
 		.run = cmd_status,
-		.usage = "[NAME] [--prometheus]",
-		.help = "show one of them in detail",
+		.usage = "[NAME] [--prometheus] [--watch]",
+		.help = "show one of them in detail; with --watch what happens",
+		.keys = KEY(SORT) | KEY(DELAY) | KEY(LOOKS),
+	}, {
+		.name = "top",
+		.run = cmd_top,
+		.usage = "[sort=used|rate|name] [delay=SECONDS] [count=NUMBER]",
+		.help = "watch all of them",
+		.keys = KEY(SORT) | KEY(DELAY) | KEY(LOOKS),
+		.no_name = true,
+	}, {
+		.name = "wait",
+		.run = cmd_wait,
+		.usage = "[NAME] threshold=THRESHOLD [timeout=SECONDS] [-- COMMAND [ARG...]]",
+		.help = "wait until it has filled so far, then run COMMAND",
+		.keys = KEY(THRESHOLD) | KEY(TIMEOUT),
+		.can_run = true,
 	}, {
 		.name = "changes",
 		.run = cmd_changes,
@@ -191,6 +213,7 @@ static void help(void)
 	puts("  help      explain a command\n\n"
 	     "  --json        print what is reported as JSON\n"
 	     "  --prometheus  print what status tells as Prometheus reads it\n"
+	     "  --watch       show with status what happens, as top does\n"
 	     "  --help        print this help\n"
 	     "  --version     print the version\n\n"
 	     "\"cowctl help COMMAND\" tells more, and the manual page cowctl(8) all.");
@@ -313,6 +336,8 @@ static int run_command(char **words, struct args *args, bool want_help)
 		return unknown_command(words[0]);
 	if (args->prometheus && command->run != cmd_status)
 		return fail(-EINVAL, "--prometheus belongs to status, not to %s", command->name);
+	if (args->watch && command->run != cmd_status)
+		return fail(-EINVAL, "--watch belongs to status, not to %s", command->name);
 	err = parse_args(command, words + 1, args);
 	if (err)
 		return err;
@@ -324,6 +349,28 @@ static int run_command(char **words, struct args *args, bool want_help)
 	return command->run(args);
 }
 
+/*
+ * Cuts off what follows the -- behind a command that runs it; with other commands
+ * it means that no options follow. Return: what was cut off, or NULL.
+ */
+static char **cut_off_command(int *argc, char **argv)
+{
+	const struct command *command;
+	int i = 1;
+
+	/* No option has an argument. */
+	while (i < *argc && *argv[i] == '-')
+		i++;
+	command = i < *argc ? find_command(argv[i]) : NULL;
+	for (; command && command->can_run && i < *argc; i++)
+		if (!strcmp(argv[i], "--")) {
+			argv[i] = NULL;
+			*argc = i;
+			return argv + i + 1;
+		}
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -331,9 +378,10 @@ int main(int argc, char **argv)
 		{ "json", no_argument, NULL, 'j' },
 		{ "prometheus", no_argument, NULL, 'p' },
 		{ "version", no_argument, NULL, 'V' },
+		{ "watch", no_argument, NULL, 'w' },
 		{ .name = NULL }
 	};
-	struct args args = { .json = false };
+	struct args args = { .command = cut_off_command(&argc, argv) };
 	bool want_help = false;
 	sigset_t all;
 	int c, err;
@@ -350,6 +398,9 @@ int main(int argc, char **argv)
 			break;
 		case 'p':
 			args.prometheus = true;
+			break;
+		case 'w':
+			args.watch = true;
 			break;
 		case 'V':
 			puts("cowctl " VERSION);

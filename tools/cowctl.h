@@ -2,7 +2,7 @@
 /*
  * cowctl: make, watch and export temporary writable copies of block devices.
  *
- * cmds.c, change.c and prefetch.c have the commands and call every layer. dm.c,
+ * cmds.c, change.c, prefetch.c, top.c and wait.c have the commands and call every layer. dm.c,
  * nbd.c, loop.c, parts.c and export.c know only parse.c and util.c; helper.c, and
  * watch.c and holes.c above it, also dm.c.
  * Functions return 0 or -errno. The layer that fails prints the one message,
@@ -38,6 +38,7 @@ enum {
 	EXIT_NOT_PERMITTED = 5,
 	EXIT_MISSING = 6,
 	EXIT_CACHE_FULL = 7,
+	EXIT_TIMEOUT = 8,
 };
 
 /* The keys of key=value arguments, in the order of the table in cowctl.c. */
@@ -61,6 +62,11 @@ enum key {
 	KEY_RANGE,
 	KEY_RATE,
 	KEY_WAIT,
+	KEY_SORT,
+	KEY_DELAY,
+	KEY_LOOKS,
+	KEY_THRESHOLD,
+	KEY_TIMEOUT,
 	KEY_PER_CLIENT,
 	KEY_PER_EXPORT_NAME,
 	KEY_MAX_CLIENTS,
@@ -75,7 +81,9 @@ struct args {
 	bool stop;			/* the word after NAME */
 	bool json;
 	bool prometheus;
+	bool watch;
 	bool named;			/* NAME was given */
+	char **command;			/* what follows --, or NULL */
 };
 
 /* parse.c */
@@ -140,6 +148,8 @@ const char *name_error(const char *name);
 int mangle_name(const char *name, char mangled[NAME_BYTES]);
 int parse_size(const char *text, uint64_t *bytes);
 int parse_limit(const char *text, uint64_t ram_bytes, uint64_t *blocks);
+int parse_seconds(const char *text, uint64_t *ms);
+int parse_threshold(const char *text, unsigned int *percent, uint64_t *bytes);
 int parse_port(const char *text);
 int parse_range(const char *text, uint64_t *start, uint64_t *end);
 int parse_nbd_uri(const char *text, struct nbd_uri *uri);
@@ -156,6 +166,7 @@ void last_line(char *text, char *line, size_t size);
 void unescape_octal(char *text);
 int percent_encode(const char *text, char *out, size_t size);
 const char *human_size(uint64_t bytes, char buf[16]);
+const char *short_size(uint64_t bytes, char buf[16]);
 const char *nearest(const char *word, const char *const *words);
 bool printable(const char *text);
 
@@ -318,21 +329,26 @@ int parse_blocks(const struct args *args, enum key key, uint64_t *blocks);
 int parse_flag(const struct args *args, enum key key, bool fallback, bool *flag);
 int parse_features(const struct args *args, struct cow_table *table, const char **watched);
 int parse_bytes(const struct args *args, enum key key, uint64_t *bytes);
+int parse_number(const struct args *args, enum key key, uint64_t *number);
+int parse_time(const struct args *args, enum key key, uint64_t least_ms, uint64_t *ms);
 char *device_path(unsigned int maj, unsigned int min);
+struct json_object;
+struct json_object *describe(const struct cow *cow);
 int report(const struct args *args);
 const char *key_name(enum key key);
 
 /* prometheus.c */
 
-struct json_object;
 void print_prometheus(struct json_object *list);
 
-/* cmds.c, change.c, changes.c, prefetch.c: the commands */
+/* cmds.c, change.c, changes.c, prefetch.c, top.c, wait.c: the commands */
 
 int cmd_create(const struct args *args);
 int cmd_remove(const struct args *args);
 int cmd_list(const struct args *args);
 int cmd_status(const struct args *args);
+int cmd_top(const struct args *args);
+int cmd_wait(const struct args *args);
 int cmd_reset(const struct args *args);
 int cmd_set(const struct args *args);
 int cmd_rebase(const struct args *args);

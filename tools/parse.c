@@ -156,6 +156,44 @@ int parse_range(const char *text, uint64_t *start, uint64_t *end)
 	return err ? err : *start < *end ? 0 : -ERANGE;
 }
 
+/* <digits>[.<up to three digits>], up to a year. Return: -EINVAL, -ERANGE. */
+int parse_seconds(const char *text, uint64_t *ms)
+{
+	uint64_t seconds, unit = 1000;
+	int err = parse_digits(&text, &seconds);
+
+	if (err)
+		return err;
+	if (seconds > 366 * 86400)
+		return -ERANGE;
+	*ms = seconds * unit;
+	if (*text == '.' && text[1])
+		for (text++; isdigit((unsigned char)*text) && unit > 1; text++) {
+			unit /= 10;
+			*ms += (*text - '0') * unit;
+		}
+	return *text ? -EINVAL : 0;
+}
+
+/* <1..100>% of the limit, or a <size> from 1 on; the other is 0 then. */
+int parse_threshold(const char *text, unsigned int *percent, uint64_t *bytes)
+{
+	const char *s = text;
+	uint64_t value;
+	int err = parse_digits(&s, &value);
+
+	*percent = 0;
+	*bytes = 0;
+	if (!err && !strcmp(s, "%")) {
+		if (!value || value > 100)
+			return -ERANGE;
+		*percent = value;
+		return 0;
+	}
+	err = parse_size(text, bytes);
+	return err ? err : *bytes ? 0 : -ERANGE;
+}
+
 /* Return: the port, or -EINVAL. */
 int parse_port(const char *text)
 {
@@ -508,6 +546,19 @@ const char *human_size(uint64_t bytes, char buf[16])
 		snprintf(buf, 16, "%" PRIu64 " B", bytes);
 	else
 		snprintf(buf, 16, "%.1f %ciB", value, units[unit]);
+	return buf;
+}
+
+/* "9.9M", "1023K": at most five characters */
+const char *short_size(uint64_t bytes, char buf[16])
+{
+	static const char units[] = "BKMGTPE";
+	double value = bytes;
+	int unit = 0;
+
+	for (; value >= 1023.5 && units[unit + 1]; unit++)
+		value /= 1024;
+	snprintf(buf, 16, unit && value < 9.95 ? "%.1f%c" : "%.0f%c", value, units[unit]);
 	return buf;
 }
 

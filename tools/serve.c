@@ -51,21 +51,11 @@ static const enum key passed_on[] = {
 
 #define PASSED_ON (sizeof(passed_on) / sizeof(passed_on[0]))
 
-static int check_clients(const char *text)
-{
-	uint64_t clients;
-
-	if (!text || (!parse_size(text, &clients) && clients && clients <= UINT32_MAX &&
-		      strspn(text, "0123456789") == strlen(text)))
-		return 0;
-	return fail(-EINVAL, "max-clients=%s is no number from 1 on", text);
-}
-
 static int parse_args(struct server *server)
 {
 	const struct args *args = server->args;
 	bool per_client, per_name, flag;
-	uint64_t blocks;
+	uint64_t blocks, clients;
 	int err;
 
 	if (!args->value[KEY_BASE])
@@ -77,7 +67,7 @@ static int parse_args(struct server *server)
 	      parse_flag(args, KEY_HOLES, true, &server->holes) ?:
 	      parse_blocks(args, KEY_LIMIT, &blocks) ?:
 	      parse_blocks(args, KEY_CACHE_LIMIT, &server->cache_limit_blocks) ?:
-	      check_clients(args->value[KEY_MAX_CLIENTS]);
+	      parse_number(args, KEY_MAX_CLIENTS, &clients);
 	if (!err && per_client && per_name)
 		err = fail(-EINVAL, "per-client=true excludes per-export-name=true");
 	return err;

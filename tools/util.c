@@ -80,6 +80,8 @@ int exit_code(int err)
 		return EXIT_MISSING;
 	case EDQUOT:
 		return EXIT_CACHE_FULL;
+	case ETIME:
+		return EXIT_TIMEOUT;
 	default:
 		return EXIT_FAILURE;
 	}

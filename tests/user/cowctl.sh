@@ -18,6 +18,7 @@ read -ra libraries < <(pkg-config --cflags --libs devmapper json-c blkid)
 flags=(-std=gnu11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wshadow -Werror
 	-Wno-missing-field-initializers -fsanitize=address,undefined -fno-sanitize-recover=all)
 man=Documentation/cowctl.8.rst
+schema=Documentation/cowctl.schema.json
 
 # check TITLE COMMAND...
 check()
@@ -172,12 +173,28 @@ same_synopsis()
 	done
 }
 
+# Each object of the JSON is described: all its members, and no others.
+json_is_described()
+{
+	local bad
+
+	bad=$(jq -c '.definitions | to_entries[] | .key as $name |
+		.value | .. | objects | select(has("properties")) |
+		select(.additionalProperties != false or
+			(.required + [.properties | to_entries[] | .key as $key |
+				select(.value.description // "" | startswith("Only with")) | $key] |
+				sort) != (.properties | keys) or
+			any(.properties[]; (.description // "") == "")) |
+		[$name, (.properties | keys)]' "$schema") && [ -z "$bad" ] && return
+	echo "incomplete: $bad"
+	return 1
+}
+
 json_members_are_documented()
 {
 	local member
 
-	for member in $(grep -o 'add_\(text\|number\)(object, "[a-z_]*"\|object_add(object, "[a-z_]*"' \
-			tools/cmds.c | grep -o '"[a-z_]*"' | tr -d '"'); do
+	for member in $(jq -r '.. | objects | .properties? // empty | keys[]' "$schema" | sort -u); do
 		grep -q "\*$member\*" "$man" || { echo "not documented: $member"; return 1; }
 	done
 }
@@ -216,6 +233,9 @@ wrong_arguments()
 	wants 2 'base= has no value' create base= &&
 	wants 2 'prefetch does not know stop=' prefetch stop=true &&
 	wants 2 'one argument too many: c' prefetch a stop c &&
+	wants 2 '--watch belongs to status, not to list' list --watch &&
+	wants 2 'one argument too many: a' top a &&
+	wants 2 'one argument too many: --x' remove -- a --x &&
 	wants 2 'base= is given twice' create base=a base=b &&
 	wants 2 'the name "" is empty' remove '' &&
 	wants 2 'contains a slash or backslash' remove 'a\b' &&
@@ -261,7 +281,8 @@ no_root()
 	dir=$(mktemp -d) || return
 	chmod 755 "$dir"
 	install -m 755 "$out/cowctl" "$dir"
-	for command in create remove list status reset set prefetch rebase export unexport serve; do
+	for command in create remove list status top wait reset set prefetch rebase export unexport \
+			serve; do
 		setpriv --reuid=65534 --regid=65534 --clear-groups \
 			"$dir/cowctl" "$command" 2>"$out/stderr"
 		if [ $? != 5 ] || ! grep -q 'must be root' "$out/stderr"; then
@@ -309,7 +330,8 @@ completion()
 	completes 'remove reset rebase' re && completes 'unexport' une &&
 	completes 'status' help sta &&
 	completes 'round=' create rou && completes 'cow-on-read= cow-on-cache=' set cow cow-on &&
-	completes 'true false' create cow-on-cache = && completes 'down' create round = d &&
+	completes 'used rate name' top sort = && completes 'threshold= timeout=' wait cow t &&
+	completes '' wait cow -- t && completes 'true false' create cow-on-cache = && completes 'down' create round = d &&
 	completes '--json' list --j && completes '' nonsense x
 }
 
@@ -336,6 +358,7 @@ check 'the manual page has the commands of the help' same_commands
 check 'the manual page has the options of the help' same_options
 check 'the manual page has the keys of the help of each command' same_keys
 check 'the manual page has the usage of each command' same_synopsis
+check 'the schema describes all of the JSON' json_is_described
 check 'the manual page has all members of the JSON' json_members_are_documented
 check 'bash completes commands, keys and values' completion
 check 'the manual page is without a warning' rst2man --strict "$man" "$out/cowctl.8"

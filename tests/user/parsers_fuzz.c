@@ -98,6 +98,26 @@ static void try_range(char *text)
 	CHECK(err ? one_of(err, -EINVAL, -ERANGE) : start < end);
 }
 
+static void try_seconds(char *text)
+{
+	uint64_t ms = 0;
+	int err = parse_seconds(text, &ms);
+
+	CHECK(err ? one_of(err, -EINVAL, -ERANGE) : ms / 1000 == strtoull(text, NULL, 10));
+}
+
+static void try_threshold(char *text)
+{
+	unsigned int percent = 0;
+	uint64_t bytes = 0;
+	int err = parse_threshold(text, &percent, &bytes);
+
+	if (err)
+		CHECK(one_of(err, -EINVAL, -ERANGE));
+	else
+		CHECK(percent <= 100 && !percent == !!bytes);
+}
+
 static void try_port(char *text)
 {
 	int port = parse_port(text);
@@ -286,6 +306,8 @@ static int command(const struct args *args)
 	CHECK(!mangle_name(args->name, mangled) && !strcmp(mangled, args->mangled));
 	for (int i = 0; i < KEY_COUNT; i++)
 		CHECK(!args->value[i] || *args->value[i]);
+	for (char **word = args->command; word && *word; word++)
+		CHECK(strlen(*word) <= strlen(input));
 	return 0;
 }
 
@@ -293,6 +315,8 @@ int cmd_create(const struct args *args) { return command(args); }
 int cmd_remove(const struct args *args) { return command(args); }
 int cmd_list(const struct args *args) { return command(args); }
 int cmd_status(const struct args *args) { return command(args); }
+int cmd_top(const struct args *args) { return command(args); }
+int cmd_wait(const struct args *args) { return command(args); }
 int cmd_reset(const struct args *args) { return command(args); }
 int cmd_set(const struct args *args) { return command(args); }
 int cmd_prefetch(const struct args *args) { return command(args); }
@@ -330,7 +354,9 @@ static const struct {
 	void (*call)(char *text);
 } targets[] = {
 	{ 'a', try_arguments },
+	{ 'c', try_seconds },
 	{ 'g', try_range },
+	{ 'h', try_threshold },
 	{ 'l', try_limit },
 	{ 'm', try_mount },
 	{ 'n', try_name },

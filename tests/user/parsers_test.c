@@ -425,6 +425,40 @@ static void test_ranges(void)
 	result("ranges");
 }
 
+static void test_times_and_thresholds(void)
+{
+	static const char *const no_times[] = {
+		"", "s", "-1", "+1", ".5", "1.", "1.2345", "1,5", "1s", " 1", "31622401",
+		"18446744073709551616",
+	};
+	static const char *const no_thresholds[] = {
+		"", "0", "0%", "101%", "%", "80%%", "-1%", "80 %", "none", "1.5G", "16E",
+		"18446744073709551616%",
+	};
+	unsigned int percent;
+	uint64_t ms, bytes;
+
+	EXPECT(!parse_seconds("10", &ms) && ms == 10000, "10");
+	EXPECT(!parse_seconds("0.5", &ms) && ms == 500, "0.5");
+	EXPECT(!parse_seconds("0.07", &ms) && ms == 70, "0.07");
+	EXPECT(!parse_seconds("2.003", &ms) && ms == 2003, "2.003");
+	for (size_t i = 0; i < sizeof(no_times) / sizeof(no_times[0]); i++) {
+		char *copy = exact(no_times[i]);
+
+		EXPECT(parse_seconds(copy, &ms) < 0, copy);
+		free(copy);
+	}
+	EXPECT(!parse_threshold("80%", &percent, &bytes) && percent == 80 && !bytes, "80%");
+	EXPECT(!parse_threshold("4K", &percent, &bytes) && !percent && bytes == 4096, "4K");
+	for (size_t i = 0; i < sizeof(no_thresholds) / sizeof(no_thresholds[0]); i++) {
+		char *copy = exact(no_thresholds[i]);
+
+		EXPECT(parse_threshold(copy, &percent, &bytes) < 0, copy);
+		free(copy);
+	}
+	result("times and thresholds");
+}
+
 static void test_mounts(void)
 {
 	static const char *const bad[] = {
@@ -493,21 +527,26 @@ static void test_words_for_people(void)
 	static const struct {
 		uint64_t bytes;
 		const char *text;
+		const char *brief;
 	} sizes[] = {
-		{ 0, "0 B" },
-		{ 1023, "1023 B" },
-		{ 1024, "1.0 KiB" },
-		{ 4096, "4.0 KiB" },
-		{ 1048575, "1.0 MiB" },
-		{ 1536 << 10, "1.5 MiB" },
-		{ 20ULL << 30, "20.0 GiB" },
-		{ UINT64_MAX, "16.0 EiB" },
+		{ 0, "0 B", "0B" },
+		{ 9, "9 B", "9B" },
+		{ 1023, "1023 B", "1023B" },
+		{ 1024, "1.0 KiB", "1.0K" },
+		{ 4096, "4.0 KiB", "4.0K" },
+		{ 10189, "10.0 KiB", "10K" },
+		{ 1048575, "1.0 MiB", "1.0M" },
+		{ 1536 << 10, "1.5 MiB", "1.5M" },
+		{ 20ULL << 30, "20.0 GiB", "20G" },
+		{ UINT64_MAX, "16.0 EiB", "16E" },
 	};
 	char buf[16];
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
 		human_size(sizes[i].bytes, buf);
 		EXPECT(!strcmp(buf, sizes[i].text), buf);
+		short_size(sizes[i].bytes, buf);
+		EXPECT(!strcmp(buf, sizes[i].brief), buf);
 	}
 	EXPECT(nearest("bse", words) == words[0], "bse");
 	EXPECT(nearest("limits", words) == words[1], "limits");
@@ -524,6 +563,7 @@ int main(void)
 	test_sizes();
 	test_limits();
 	test_ranges();
+	test_times_and_thresholds();
 	test_ports();
 	test_uris();
 	test_quoting();
