@@ -312,6 +312,11 @@ ends_of_wait()
 	kill -TERM "$waiter"
 	ended 143
 	is 'what it said' "$(<"$work/stderr")" ''
+	# What runs in the background is not to care for Ctrl-C.
+	waits test-c2 threshold=100K
+	kill -INT "$waiter"
+	io /dev/mapper/test-c2 'write 0 100k A'
+	ended 0
 }
 
 hooks()

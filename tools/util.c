@@ -187,13 +187,16 @@ bool any_link(dev_t dev, const char *kind,
 	return found;
 }
 
-/* The signals that ask us to stop. */
+/* The signals that ask us to stop; not those that nohup or a shell has had ignored. */
 void stop_signals(sigset_t *set)
 {
+	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
+	struct sigaction action;
+
 	sigemptyset(set);
-	sigaddset(set, SIGINT);
-	sigaddset(set, SIGTERM);
-	sigaddset(set, SIGHUP);
+	for (size_t i = 0; i < sizeof(signals) / sizeof(signals[0]); i++)
+		if (!sigaction(signals[i], NULL, &action) && action.sa_handler != SIG_IGN)
+			sigaddset(set, signals[i]);
 }
 
 /* Return: a descriptor that polls readable when one of them is pending, or -1. */
