@@ -93,7 +93,7 @@ $(ko): Kbuild $(wildcard kernel/*.[ch])
 #
 
 libraries := devmapper json-c blkid
-# Loaded only where it is used, see tools/holes.c.
+# Loaded only where it is used, see tools/nbd-calls.h.
 loaded := libnbd
 warnings := -Wall -Wextra -Wshadow -Wno-missing-field-initializers $(if $(WERROR),-Werror)
 plugin_source := tools/nbdkit-nbdcow-plugin.c

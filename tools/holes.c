@@ -4,66 +4,23 @@
  * told of them, and never asks the server for what is known to be zero.
  *
  * A process of its own does this, since a server may take long; cowctl waits only
- * a moment for it. libnbd is loaded there and nowhere else: with all that it needs
- * in turn, it would cost each command more time than its work.
+ * a moment for it.
  */
-#include <dlfcn.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <libnbd.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "cowctl.h"
+#include "nbd-calls.h"
 
 #define KIND		"holes"
 #define WAIT_MS		2000
 #define ANSWER_S	60		/* a server may take for one answer */
 #define REQUEST_BYTES	(UINT64_C(1) << 31)
 #define MESSAGE_BYTES	8192
-
-/* What is used of libnbd. */
-static struct {
-	__typeof__(nbd_create) *create;
-	__typeof__(nbd_add_meta_context) *add_meta_context;
-	__typeof__(nbd_set_export_name) *set_export_name;
-	__typeof__(nbd_connect_unix) *connect_unix;
-	__typeof__(nbd_connect_tcp) *connect_tcp;
-	__typeof__(nbd_can_meta_context) *can_meta_context;
-	__typeof__(nbd_get_size) *get_size;
-	__typeof__(nbd_block_status) *block_status;
-	__typeof__(nbd_shutdown) *shutdown;
-} nbd;
-
-static bool load_libnbd(void)
-{
-	static const struct {
-		const char *name;
-		void *call;		/* where its address goes */
-	} calls[] = {
-		{ "nbd_create", &nbd.create },
-		{ "nbd_add_meta_context", &nbd.add_meta_context },
-		{ "nbd_set_export_name", &nbd.set_export_name },
-		{ "nbd_connect_unix", &nbd.connect_unix },
-		{ "nbd_connect_tcp", &nbd.connect_tcp },
-		{ "nbd_can_meta_context", &nbd.can_meta_context },
-		{ "nbd_get_size", &nbd.get_size },
-		{ "nbd_block_status", &nbd.block_status },
-		{ "nbd_shutdown", &nbd.shutdown },
-	};
-	void *library = dlopen("libnbd.so.0", RTLD_NOW | RTLD_LOCAL);
-
-	for (size_t i = 0; i < sizeof(calls) / sizeof(calls[0]); i++) {
-		void *address = library ? dlsym(library, calls[i].name) : NULL;
-
-		if (!address)
-			return false;
-		memcpy(calls[i].call, &address, sizeof(address));
-	}
-	return true;
-}
 
 struct holes {
 	const char *uuid;
