@@ -175,7 +175,7 @@ int cmd_set(const struct args *args)
 #define SAMPLES	256
 
 /* Return: whether block device @upper is, or is made of, the one at @lower. */
-static bool stands_on(const char *name, dev_t upper, void *lower)
+bool stands_on(const char *name, dev_t upper, void *lower)
 {
 	(void)name;
 	return upper == *(dev_t *)lower || any_link(upper, "slaves", stands_on, lower);

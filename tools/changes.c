@@ -18,104 +18,131 @@
 /* Blocks that one question to the kernel is about. */
 #define ASK_BLOCKS	(UINT64_C(1) << 32)
 
-/* What a range of the device is. */
-enum kind { UNCHANGED, WRITTEN, ZEROED, KINDS };
-
 static const char *const kind_names[KINDS] = { "unchanged", "written", "zeroed" };
-
-/* Told to visitors in order, neighbours being of different kinds. */
-struct range {
-	uint64_t start;			/* in bytes, as all here */
-	uint64_t end;
-	enum kind kind;
-};
 
 struct walk {
 	const struct cow *cow;
+	dev_t dev;			/* that is asked: it, or a view of it */
 	uint64_t bytes;			/* of the device */
-	uint64_t base_end;		/* zeroes from here on are no change */
+	uint64_t base_end;		/* the block it lies in is partly the base's */
+	uint64_t under_end;		/* beyond it, zeroes are no change */
 	struct range range;		/* not told yet */
-	void (*visit)(const struct range *range, void *arg);
+	int (*visit)(const struct range *range, void *arg);
 	void *arg;
 };
 
-static void tell(struct walk *walk)
+static uint64_t whole_blocks(uint64_t bytes)
 {
-	if (walk->range.end > walk->range.start)
-		walk->visit(&walk->range, walk->arg);
-	walk->range.start = walk->range.end;
+	return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES;
 }
 
-static void add(struct walk *walk, uint64_t end, enum kind kind)
+static int tell(struct walk *walk)
 {
+	int err = 0;
+
+	if (walk->range.end > walk->range.start)
+		err = walk->visit(&walk->range, walk->arg);
+	walk->range.start = walk->range.end;
+	return err;
+}
+
+static int add(struct walk *walk, uint64_t end, enum kind kind)
+{
+	int err = 0;
+
 	if (end > walk->bytes)
 		end = walk->bytes;
 	if (end <= walk->range.end)
-		return;
+		return 0;
 	if (kind != walk->range.kind)
-		tell(walk);
+		err = tell(walk);
 	walk->range.kind = kind;
 	walk->range.end = end;
+	return err;
+}
+
+static uint64_t lesser(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* What is not in the overlay: the base, and zeroes where that has ended. */
+static int add_base(struct walk *walk, uint64_t end)
+{
+	uint64_t base_end = walk->base_end - walk->base_end % BLOCK_BYTES;
+	bool more = walk->under_end > walk->base_end;
+
+	return add(walk, lesser(end, base_end), UNCHANGED) ?:
+	       add(walk, lesser(end, whole_blocks(walk->base_end)), more ? WRITTEN : UNCHANGED) ?:
+	       (more ? add(walk, lesser(end, whole_blocks(walk->under_end)), ZEROED) : 0) ?:
+	       add(walk, end, UNCHANGED);
+}
+
+static int add_run(struct walk *walk, uint64_t end, char kind)
+{
+	uint64_t zero_end = whole_blocks(walk->base_end > walk->under_end ? walk->base_end :
+					 walk->under_end);
+
+	if (kind == 'o')
+		return add(walk, end, WRITTEN);
+	if (kind != 'z')
+		return add_base(walk, end);
+	return add(walk, lesser(end, zero_end), ZEROED) ?: add(walk, end, UNCHANGED);
+}
+
+static int fail_map(const struct walk *walk, int err)
+{
+	return fail(err == -EINVAL ? -EIO : err, "cannot get the map of %s: %s", walk->cow->name,
+		    strerror(-err));
 }
 
 static int add_answer(struct walk *walk, const char *answer)
 {
-	uint64_t blocks, end = walk->range.end;
+	uint64_t blocks, before = walk->range.end, end = before;
 	char kind;
-	int ret;
+	int ret, err;
 
 	while ((ret = next_extent(&answer, &blocks, &kind)) > 0) {
 		if (blocks > (UINT64_MAX - end) / BLOCK_BYTES)
-			return -ERANGE;
+			return fail_map(walk, -ERANGE);
 		end += blocks * BLOCK_BYTES;
-		if (kind == 'z' && walk->range.end < walk->base_end)
-			add(walk, end < walk->base_end ? end : walk->base_end, ZEROED);
-		add(walk, end, kind == 'o' ? WRITTEN : kind == 'z' && end <= walk->base_end ?
-		    ZEROED : UNCHANGED);
+		err = add_run(walk, end, kind);
+		if (err)
+			return err;
 	}
-	return ret;
+	return ret || walk->range.end == before ? fail_map(walk, -EIO) : 0;
 }
 
-/* Visits all of the device, each block as it is at some time meanwhile. */
-static int walk_all(struct walk *walk)
+/*
+ * Visits all of a device, each block as it is at some time meanwhile, or as it is in
+ * its view @dev. What the result is for may have more than the base has under it:
+ * up to @under_end, what the device shows there counts as changed.
+ */
+int walk_device(const struct cow *cow, dev_t dev, uint64_t under_end,
+		int (*visit)(const struct range *range, void *arg), void *arg)
 {
+	struct walk walk = {
+		.cow = cow, .dev = dev, .bytes = cow->sectors * SECTOR_BYTES,
+		.base_end = cow->status.base_size_sectors * SECTOR_BYTES,
+		.under_end = under_end, .visit = visit, .arg = arg,
+	};
 	char *answer, message[64];
 	int err = 0;
 
-	while (!err && walk->range.end < walk->bytes) {
-		uint64_t before = walk->range.end;
-
+	if (!walk.base_end)	/* an older module does not tell */
+		walk.base_end = walk.bytes;
+	while (!err && walk.range.end < walk.bytes) {
 		if (interrupted())
 			return -EINTR;
 		snprintf(message, sizeof(message), "extents %" PRIu64 " %" PRIu64,
-			 before / BLOCK_BYTES, ASK_BLOCKS);
-		err = dm_ask(makedev(walk->cow->major, walk->cow->minor), message, &answer);
-		if (!err) {
-			err = add_answer(walk, answer);
-			free(answer);
-		}
-		if (!err && walk->range.end == before)
-			err = -EIO;
+			 walk.range.end / BLOCK_BYTES, ASK_BLOCKS);
+		err = dm_ask(dev, message, &answer);
+		if (err)
+			return fail_map(&walk, err);
+		err = add_answer(&walk, answer);
+		free(answer);
 	}
-	if (!err)
-		tell(walk);
-	return err ? fail(err == -EINVAL ? -EIO : err, "cannot get the map of %s: %s",
-			  walk->cow->name, strerror(-err)) : 0;
-}
-
-static int walk_device(const struct cow *cow, void (*visit)(const struct range *, void *),
-		       void *arg)
-{
-	struct walk walk = {
-		.cow = cow, .bytes = cow->sectors * SECTOR_BYTES, .visit = visit, .arg = arg,
-	};
-
-	/* The block in which the base ends is partly its own. */
-	walk.base_end = cow->status.base_size_sectors * SECTOR_BYTES + BLOCK_BYTES - 1;
-	walk.base_end -= walk.base_end % BLOCK_BYTES;
-	if (!walk.base_end)	/* an older module does not tell */
-		walk.base_end = walk.bytes;
-	return walk_all(&walk);
+	return err ?: tell(&walk);
 }
 
 /*
@@ -208,7 +235,7 @@ static uint64_t overlap(const struct range *range, const struct partition *p)
 }
 
 /* Prints a changed range, cut at the bounds of partitions. */
-static void list_range(const struct range *range, void *arg)
+static int list_range(const struct range *range, void *arg)
 {
 	struct changes *changes = arg;
 	struct range rest = *range;
@@ -216,7 +243,7 @@ static void list_range(const struct range *range, void *arg)
 
 	changes->changed[range->kind] += range->end - range->start;
 	if (range->kind == UNCHANGED)
-		return;
+		return 0;
 	/* Some tables have partitions within others. */
 	for (int j = 0; j < changes->nr; j++)
 		changes->partitions[j].changed += overlap(range, &changes->partitions[j]);
@@ -238,6 +265,7 @@ static void list_range(const struct range *range, void *arg)
 		print_range(changes, &rest, p ? p->number : 0);
 		rest.start = rest.end;
 	}
+	return 0;
 }
 
 static void print_sums(const struct changes *changes)
@@ -275,7 +303,7 @@ static int list_changes(const struct cow *cow, struct changes *changes)
 	else
 		fprintf(changes->out, "%20s %20s  %-10s %-8s %s\n", "START", "LENGTH", "", "STATE",
 			"PARTITION");
-	err = walk_device(cow, list_range, changes);
+	err = walk_device(cow, makedev(cow->major, cow->minor), 0, list_range, changes);
 	if (!err)
 		print_sums(changes);
 	return err;
@@ -325,7 +353,7 @@ struct drawing {
 };
 
 /* Adds a changed range to the cells it lies in. */
-static void draw_range(const struct range *range, void *arg)
+static int draw_range(const struct range *range, void *arg)
 {
 	struct drawing *drawing = arg;
 	double start = range->start, end = range->end;
@@ -340,6 +368,7 @@ static void draw_range(const struct range *range, void *arg)
 		drawing->cells[i][range->kind] += (last < end ? last : end) -
 						  (first > start ? first : start);
 	}
+	return 0;
 }
 
 /* Return: what most of the changes in a cell are; their share in *@shade, from 1 on. */
@@ -362,7 +391,8 @@ static int draw(const struct cow *cow, struct drawing *drawing)
 
 	drawing->cell_bytes = (double)cow->sectors * SECTOR_BYTES / cells;
 	drawing->cells = calloc(cells, sizeof(*drawing->cells));
-	return drawing->cells ? walk_device(cow, draw_range, drawing) :
+	return drawing->cells ? walk_device(cow, makedev(cow->major, cow->minor), 0, draw_range,
+					    drawing) :
 	       fail(-ENOMEM, "out of memory");
 }
 

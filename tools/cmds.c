@@ -82,7 +82,7 @@ static bool is_part_of(dev_t inner, dev_t outer)
 }
 
 /* Return: where @dev or a partition of it is mounted (to be freed), or NULL. */
-static char *mounted_on(dev_t dev)
+char *mounted_on(dev_t dev)
 {
 	FILE *mounts = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL, *where = NULL;
@@ -102,11 +102,6 @@ static char *mounted_on(dev_t dev)
 	return where;
 }
 
-struct holders {
-	int copies;
-	char *other;
-};
-
 static bool count_holder(const char *name, dev_t dev, void *arg)
 {
 	struct holders *holders = arg;
@@ -115,48 +110,45 @@ static bool count_holder(const char *name, dev_t dev, void *arg)
 
 	if (!strncmp(name, "dm-", 3))
 		err = dm_find_number(major(dev), minor(dev), &cow);
-	if (!err && cow.state != COW_FOREIGN)
+	if (!err && cow.state == COW_VIEW)
+		holders->views++;
+	else if (!err && cow.state != COW_FOREIGN)
 		holders->copies++;
 	else if (err != -ENODEV)	/* that one has gone meanwhile */
 		holders->other = xasprintf("%s", name);
 	return holders->other;
 }
 
-/*
- * Return: how many copies like ours @dev is the base of already; in *@other the
- * name of something else that holds it (to be freed), or NULL.
- */
-static int count_copies(dev_t dev, char **other)
+/* What stands on @dev; the name of something else than ours is to be freed. */
+void find_holders(dev_t dev, struct holders *holders)
 {
-	struct holders holders = { 0 };
-
-	any_link(dev, "holders", count_holder, &holders);
-	*other = holders.other;
-	return holders.copies;
+	memset(holders, 0, sizeof(*holders));
+	any_link(dev, "holders", count_holder, holders);
 }
 
 /* A base must not change: refuse one that somebody may be writing to. */
 static int check_unused(const char *base, dev_t dev)
 {
-	char *where = mounted_on(dev), *other, *node;
-	int copies, fd, err = 0;
+	char *where = mounted_on(dev), *node;
+	struct holders holders;
+	int fd, err = 0;
 
 	if (where) {
 		err = fail(-EBUSY, "base %s is mounted on %s; unmount it first", base, where);
 		free(where);
 		return err;
 	}
-	copies = count_copies(dev, &other);
-	if (other) {
-		err = fail(-EBUSY, "base %s is in use by %s", base, other);
-		free(other);
+	find_holders(dev, &holders);
+	if (holders.other) {
+		err = fail(-EBUSY, "base %s is in use by %s", base, holders.other);
+		free(holders.other);
 		return err;
 	}
 	node = xasprintf("/dev/block/%u:%u", major(dev), minor(dev));
 	fd = open(access(node, F_OK) ? base : node, O_RDONLY | O_EXCL | O_CLOEXEC);
 	free(node);
 	/* Copies share their base, each other user has it alone. */
-	if (fd < 0 && !(errno == EBUSY && copies))
+	if (fd < 0 && !(errno == EBUSY && (holders.copies || holders.views)))
 		return fail(-errno, errno == EBUSY ?
 			    "base %s is in use, by swap, RAID or another program" :
 			    "cannot open base %s: %m", base);
@@ -461,7 +453,7 @@ char *device_path(unsigned int maj, unsigned int min)
 }
 
 /* The image file or address behind the base's device, or else the device. */
-static char *base_source(const struct cow *cow)
+char *base_source(const struct cow *cow)
 {
 	char *file = xasprintf("/sys/dev/block/%u:%u/loop/backing_file", cow->table.major,
 			       cow->table.minor);
@@ -612,7 +604,7 @@ struct json_object *describe(const struct cow *cow)
 	return object;
 }
 
-static void print_json(struct json_object *object)
+void print_json(struct json_object *object)
 {
 	puts(json_object_to_json_string_ext(object, JSON_C_TO_STRING_PRETTY |
 					    JSON_C_TO_STRING_NOSLASHESCAPE));
@@ -699,38 +691,39 @@ int find_cow(const struct args *args, struct cow *cow)
 	if (cow->state == COW_HALF_MADE)
 		return fail(-ENODEV, "%s is only half made; remove it or create it again",
 			    args->name);
-	if (cow->state == COW_FOREIGN)
+	if (cow->state != COW_LIVE)
 		return fail(-ENODEV, "%s is another kind of mapped device", args->name);
 	return 0;
 }
 
 /* Says who has the device open; its partitions are not meant. */
-static int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
+int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
 {
 	dev_t dev = makedev(cow->major, cow->minor);
-	char *where = mounted_on(dev), *other = NULL;
+	struct holders holders = { 0 };
+	char *where = mounted_on(dev);
 	struct part *parts;
-	int n = parts_find(cow, &parts), copies = 0;
+	int n = parts_find(cow, &parts);
 
 	free(parts);
 	if (where)
 		fail(-EBUSY, "%s is mounted on %s; unmount it first%s", args->name, where, hint);
 	else if (!n)
-		copies = count_copies(dev, &other);
-	if (other)
-		fail(-EBUSY, "%s is in use by %s%s", args->name, other, hint);
-	else if (copies)
+		find_holders(dev, &holders);
+	if (holders.other)
+		fail(-EBUSY, "%s is in use by %s%s", args->name, holders.other, hint);
+	else if (holders.copies)
 		fail(-EBUSY, "%s is the base of another copy%s", args->name, hint);
 	else if (!where)
 		fail(-EBUSY, "%s is open in %d place(s); \"fuser -v %s\" shows them%s", args->name,
 		     cow->open_count - n, cow->path, hint);
 	free(where);
-	free(other);
+	free(holders.other);
 	return -EBUSY;
 }
 
 /* Return: 0 when nobody has the device open, except as unused partitions of it. */
-static int check_closed(const struct args *args, const struct cow *cow, const char *hint)
+int check_closed(const struct args *args, const struct cow *cow, const char *hint)
 {
 	struct part *parts;
 	int n = parts_find(cow, &parts), err = 0;
@@ -1054,7 +1047,7 @@ int cmd_status(const struct args *args)
  * The page cache is emptied before the reset, or what is dirty in it would be
  * written to the fresh overlay, and after it, or its readers would see old data.
  */
-static int reset_device(const struct args *args, const struct cow *cow, bool force)
+int reset_device(const struct args *args, const struct cow *cow, bool force)
 {
 	int fd = open(cow->path, O_RDONLY | O_CLOEXEC | (force ? 0 : O_EXCL)), err;
 

@@ -48,6 +48,10 @@ _cowctl()
 		key=${line%%=*}=
 		[[ $key != "$word"* ]] || COMPREPLY+=("$key")
 	done < <(cowctl help "$command" 2>/dev/null | sed -n 's/^  \([a-z-]*=\).*/\1/p')
+	if [[ $command = diff || $command = load ]]; then
+		compopt -o filenames
+		mapfile -t -O "${#COMPREPLY[@]}" COMPREPLY < <(compgen -f -- "$word")
+	fi
 	if [[ ${COMP_WORDS[COMP_CWORD - 1]} = "$command" && ! $command =~ ^(create|list|top)$ ]]; then
 		for line in /dev/mapper/*; do
 			line=${line##*/}

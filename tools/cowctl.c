@@ -58,6 +58,9 @@ static const struct {
 	[KEY_PER_EXPORT_NAME] = { "per-export-name", "true|false", "a copy for each export name" },
 	[KEY_MAX_CLIENTS] = { "max-clients", "NUMBER", "the most copies; 256 by default" },
 	[KEY_OUTPUT] = { "output", "FILE.svg", "draw it into this file" },
+	[KEY_BACKING] = { "backing", "PATH", "what FILE is to stand on; BASE by default" },
+	[KEY_FORMAT] = { "format", "FORMAT", "of what that is; raw by default" },
+	[KEY_TO] = { "to", "PATH", "block device or file to change, a copy of BASE" },
 };
 
 static const struct command {
@@ -70,6 +73,7 @@ static const struct command {
 	bool no_name;			/* takes no NAME */
 	bool many;			/* NAME is that of many devices */
 	bool can_stop;			/* takes the word stop */
+	bool takes_file;		/* takes a FILE after NAME */
 } commands[] = {
 	{
 		.name = "create",
@@ -121,6 +125,26 @@ static const struct command {
 		.usage = "[NAME] [output=FILE.svg]",
 		.help = "show where they lie",
 		.keys = KEY(OUTPUT),
+	}, {
+		.name = "diff",
+		.run = cmd_diff,
+		.usage = "[NAME] FILE [backing=PATH] [format=FORMAT]",
+		.help = "keep what was changed, as a qcow2 image",
+		.keys = KEY(BACKING) | KEY(FORMAT),
+		.takes_file = true,
+	}, {
+		.name = "load",
+		.run = cmd_load,
+		.usage = "[NAME] FILE [force=true]",
+		.help = "change a fresh one as such an image has it",
+		.keys = KEY(FORCE),
+		.takes_file = true,
+	}, {
+		.name = "commit",
+		.run = cmd_commit,
+		.usage = "[NAME] to=PATH [force=true]",
+		.help = "change a copy of BASE as it was changed",
+		.keys = KEY(TO) | KEY(FORCE),
 	}, {
 		.name = "reset",
 		.run = cmd_reset,
@@ -249,13 +273,33 @@ out:
 	return err;
 }
 
+static bool is_key(const struct command *command, const char *word)
+{
+	/* The name of a file may have that in it, too. */
+	return strchr(word, '=') && !(command->takes_file && word[strcspn(word, "=/")] == '/');
+}
+
+/* The word after the name; or, where that is not given, one that shows to be a file. */
+static bool is_file(const struct command *command, char **words, const struct args *args)
+{
+	const char *end = strrchr(*words, '.');
+
+	if (args->name || strchr(*words, '/'))
+		return true;
+	if (!end || strcmp(end, ".qcow2"))
+		return false;
+	while (*++words && is_key(command, *words))
+		;
+	return !*words;
+}
+
 static int parse_args(const struct command *command, char **words, struct args *args)
 {
 	const char *reason;
 	int err;
 
 	for (; *words; words++) {
-		if (strchr(*words, '=')) {
+		if (is_key(command, *words)) {
 			err = parse_key(command, *words, args);
 			if (err)
 				return err;
@@ -265,6 +309,8 @@ static int parse_args(const struct command *command, char **words, struct args *
 			args->value[KEY_BASE] = *words;
 		} else if (command->can_stop && !args->stop && !strcmp(*words, "stop")) {
 			args->stop = true;
+		} else if (command->takes_file && !args->file && is_file(command, words, args)) {
+			args->file = *words;
 		} else if (!command->no_name && !args->name) {
 			args->name = *words;
 		} else {

@@ -2,9 +2,9 @@
 /*
  * cowctl: make, watch and export temporary writable copies of block devices.
  *
- * cmds.c, change.c, prefetch.c, top.c and wait.c have the commands and call every layer. dm.c,
- * nbd.c, loop.c, parts.c and export.c know only parse.c and util.c; helper.c, and
- * watch.c and holes.c above it, also dm.c.
+ * cmds.c, change.c, changes.c, prefetch.c, top.c, wait.c, diff.c and commit.c have the
+ * commands and call every layer. dm.c, nbd.c, loop.c, parts.c, export.c and image.c know
+ * only parse.c and util.c; helper.c, and watch.c and holes.c above it, also dm.c.
  * Functions return 0 or -errno. The layer that fails prints the one message,
  * through fail(); whoever gets the error back passes it on in silence.
  */
@@ -71,6 +71,9 @@ enum key {
 	KEY_PER_EXPORT_NAME,
 	KEY_MAX_CLIENTS,
 	KEY_OUTPUT,
+	KEY_BACKING,
+	KEY_FORMAT,
+	KEY_TO,
 	KEY_COUNT,
 };
 
@@ -78,7 +81,8 @@ struct args {
 	const char *name;		/* of the device, as typed */
 	char mangled[NAME_BYTES];	/* as it is in /dev/mapper */
 	const char *value[KEY_COUNT];	/* NULL where not given */
-	bool stop;			/* the word after NAME */
+	const char *file;		/* the word after NAME, where one is a file */
+	bool stop;			/* or the word stop */
 	bool json;
 	bool prometheus;
 	bool watch;
@@ -175,7 +179,10 @@ bool printable(const char *text);
 void put_message(const char *text);
 int fail(int err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int io_error(int error);
 int exit_code(int err);
+void show_progress(uint64_t done, uint64_t total, int *shown);
+void end_progress(int shown);
 
 char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int read_line(const char *path, char *buf, size_t size);
@@ -207,6 +214,7 @@ int64_t now_ms(void);
 enum cow_state {
 	COW_LIVE,			/* has a table, of our target */
 	COW_HALF_MADE,			/* ours, but was left without a table */
+	COW_VIEW,			/* a frozen view of one, see view.c */
 	COW_FOREIGN,			/* of another target */
 };
 
@@ -245,6 +253,9 @@ int dm_server_open(const char *mangled, uint64_t sectors, const char *params, in
 int dm_server_remove(const char *mangled, bool when_closed);
 void dm_server_sweep(void);
 int dm_ask(dev_t dev, const char *message, char **answer);
+int dm_view_open(const char *mangled, const struct cow *cow, dev_t *dev);
+bool dm_view_failed(dev_t dev);
+void dm_cancel_remove(const char *mangled);
 
 /* loop.c */
 
@@ -337,11 +348,54 @@ struct json_object *describe(const struct cow *cow);
 int report(const struct args *args);
 const char *key_name(enum key key);
 
+/* What stands on a block device. */
+struct holders {
+	int copies;			/* that it is the base of */
+	int views;
+	char *other;			/* the name of something else, or NULL */
+};
+
+void find_holders(dev_t dev, struct holders *holders);
+char *mounted_on(dev_t dev);
+bool stands_on(const char *name, dev_t upper, void *lower);
+char *base_source(const struct cow *cow);
+int fail_busy(const struct args *args, const struct cow *cow, const char *hint);
+int check_closed(const struct args *args, const struct cow *cow, const char *hint);
+int reset_device(const struct args *args, const struct cow *cow, bool force);
+void print_json(struct json_object *object);
+
+/* changes.c: what differs from the base */
+
+enum kind { UNCHANGED, WRITTEN, ZEROED, KINDS };
+
+/* Told to visitors in order, neighbours being of different kinds. */
+struct range {
+	uint64_t start;			/* in bytes */
+	uint64_t end;
+	enum kind kind;
+};
+
+int walk_device(const struct cow *cow, dev_t dev, uint64_t under_end,
+		int (*visit)(const struct range *range, void *arg), void *arg);
+
+/* view.c: a device as it was at one instant */
+
+struct view {
+	struct cow cow;			/* the device itself, as it was then */
+	char name[NAME_BYTES];
+	dev_t dev;
+	int fd;				/* reads it; -1 without one */
+};
+
+int view_open(const struct args *args, struct view *view);
+int view_read(const struct view *view, void *buf, size_t bytes, uint64_t offset);
+void view_close(struct view *view);
+
 /* prometheus.c */
 
 void print_prometheus(struct json_object *list);
 
-/* cmds.c, change.c, changes.c, prefetch.c, top.c, wait.c: the commands */
+/* cmds.c, change.c, changes.c, prefetch.c, top.c, wait.c, diff.c, commit.c: the commands */
 
 int cmd_create(const struct args *args);
 int cmd_remove(const struct args *args);
@@ -355,6 +409,9 @@ int cmd_rebase(const struct args *args);
 int cmd_changes(const struct args *args);
 int cmd_map(const struct args *args);
 int cmd_prefetch(const struct args *args);
+int cmd_diff(const struct args *args);
+int cmd_load(const struct args *args);
+int cmd_commit(const struct args *args);
 int cmd_export(const struct args *args);
 int cmd_unexport(const struct args *args);
 

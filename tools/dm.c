@@ -243,6 +243,9 @@ static int find(struct dm_task *task, struct cow *cow)
 		return 0;
 	}
 	err = read_table(cow);
+	if (!err && cow->state == COW_FOREIGN &&
+	    !strncmp(cow->uuid, SERVER_PREFIX, strlen(SERVER_PREFIX)))
+		cow->state = COW_VIEW;
 	if (!err && cow->state == COW_LIVE)
 		err = read_status(cow);
 	return err == -ENXIO ? -ENODEV : err;
@@ -362,7 +365,7 @@ static int open_log(void)
 	return kmsg;
 }
 
-/* Makes a device and its table; on failure nothing is left. */
+/* Makes a device and, unless @sectors is 0, its table; on failure nothing is left. */
 static int create(const char *mangled, const char *name, const char *prefix, uint16_t udev_flags,
 		  uint64_t sectors, const char *params)
 {
@@ -373,7 +376,7 @@ static int create(const char *mangled, const char *name, const char *prefix, uin
 	int err = make_uuid(prefix, uuid);
 
 	if (!err && (!task || !dm_task_set_uuid(task, uuid) ||
-		     !dm_task_add_target(task, 0, sectors, TARGET, params) ||
+		     (sectors && !dm_task_add_target(task, 0, sectors, TARGET, params)) ||
 		     !dm_task_set_cookie(task, &cookie, udev_flags)))
 		err = -ENOMEM;
 	if (!err) {
@@ -668,19 +671,14 @@ static int server_create(const char *mangled, uint64_t sectors, const char *para
 }
 
 /*
- * Makes a device of this process and opens it; it goes when it is closed. Return: the
+ * Opens a device that was just made, and has it removed when it is closed. Return: the
  * file descriptor, or -errno after a message, with nothing left.
  */
-int dm_server_open(const char *mangled, uint64_t sectors, const char *params, int flags,
-		   dev_t *dev)
+static int keep(const char *mangled, int flags, dev_t dev)
 {
-	int err = server_create(mangled, sectors, params, dev), fd;
-	char *path;
+	char *path = xasprintf("/dev/dm-%u", minor(dev));
+	int fd = open(path, flags | O_CLOEXEC), err = 0;
 
-	if (err)
-		return err;
-	path = xasprintf("/dev/dm-%u", minor(*dev));
-	fd = open(path, flags | O_CLOEXEC);
 	if (fd < 0)
 		err = fail(-errno, "cannot open %s: %m", path);
 	else if (dm_server_remove(mangled, true))
@@ -692,6 +690,13 @@ int dm_server_open(const char *mangled, uint64_t sectors, const char *params, in
 		close(fd);
 	dm_server_remove(mangled, false);
 	return err;
+}
+
+/* Makes a device of this process and opens it; it goes when it is closed. */
+int dm_server_open(const char *mangled, uint64_t sectors, const char *params, int flags,
+		   dev_t *dev)
+{
+	return server_create(mangled, sectors, params, dev) ?: keep(mangled, flags, *dev);
 }
 
 /* Removes the device if it is left over from a server that is gone. */
@@ -743,4 +748,66 @@ int dm_ask(dev_t dev, const char *message, char **answer)
 {
 	return send(task_for_number(DM_DEVICE_TARGET_MSG, major(dev), minor(dev)), message,
 		    answer);
+}
+
+/*
+ * Frozen views: each is a device of the process that made it, as those of a server are,
+ * and is removed with it in the same way.
+ */
+
+static int load_view(const char *mangled, const struct cow *cow)
+{
+	struct dm_task *task = task_new(DM_DEVICE_RELOAD, mangled);
+	char params[64];
+	int err = -ENOMEM;
+
+	snprintf(params, sizeof(params), "%u:%u %u:%u", cow->major, cow->minor, cow->table.major,
+		 cow->table.minor);
+	if (task && dm_task_set_ro(task) &&
+	    dm_task_add_target(task, 0, cow->sectors, TARGET "-view", params))
+		err = task_run(task);
+	if (task)
+		dm_task_destroy(task);
+	if (err == -EINVAL)
+		return fail(-ENOPKG, "the module " MODULE " is too old to freeze %s", cow->name);
+	return err ? fail(err, "cannot freeze %s: %s", cow->name, strerror(-err)) : 0;
+}
+
+/*
+ * Makes a view of @cow and opens it, as dm_server_open() does. With its first resume
+ * it shows @cow as that is then.
+ */
+int dm_view_open(const char *mangled, const struct cow *cow, dev_t *dev)
+{
+	int err = server_create(mangled, 0, NULL, dev);
+
+	if (err)
+		return err;
+	err = load_view(mangled, cow);
+	if (err) {
+		dm_server_remove(mangled, false);
+		return err;
+	}
+	return keep(mangled, O_RDONLY, *dev);
+}
+
+/* Return: whether a view had no memory to keep what its device had. */
+bool dm_view_failed(dev_t dev)
+{
+	struct dm_task *task;
+	const char *target;
+	char *params;
+	uint64_t sectors;
+	bool failed = !query(DM_DEVICE_STATUS, major(dev), minor(dev), &task, &target, &params,
+			     &sectors) && params && !strncmp(params, "failed", 6);
+
+	if (task)
+		dm_task_destroy(task);
+	return failed;
+}
+
+/* The device is not removed with its last user any more. */
+void dm_cancel_remove(const char *mangled)
+{
+	send(task_new(DM_DEVICE_TARGET_MSG, mangled), "@cancel_deferred_remove", NULL);
 }

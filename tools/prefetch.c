@@ -14,7 +14,6 @@
 #include "cowctl.h"
 
 #define LOOK_MS		200
-#define BAR_WIDTH	40
 
 struct prefetch {
 	uint64_t start_block;
@@ -59,29 +58,6 @@ static int start(const struct args *args, const struct cow *cow, const struct pr
 			  strerror(-err)) : 0;
 }
 
-/* On a terminal a bar that moves, else a line for each tenth of the way. */
-static void show(const struct cow_status *status, int *shown)
-{
-	uint64_t done = status->prefetch_done, total = status->prefetch_total;
-	int percent = total ? 100.0 * done / total : 100;
-	char have[16], want[16], bar[BAR_WIDTH + 1];
-	bool terminal = isatty(STDOUT_FILENO);
-
-	if (percent / (terminal ? 1 : 10) == *shown)
-		return;
-	*shown = percent / (terminal ? 1 : 10);
-	human_size(done * BLOCK_BYTES, have);
-	human_size(total * BLOCK_BYTES, want);
-	memset(bar, ' ', BAR_WIDTH);
-	memset(bar, '#', BAR_WIDTH * percent / 100);
-	bar[BAR_WIDTH] = '\0';
-	if (terminal)
-		printf("\r[%s] %3d%%  %s of %s \033[K", bar, percent, have, want);
-	else
-		printf("%d%% %s of %s\n", percent, have, want);
-	fflush(stdout);
-}
-
 static int result(const struct args *args, const struct cow *cow)
 {
 	const char *state = cow->status.prefetch;
@@ -111,7 +87,8 @@ static int watch(const struct args *args, struct cow *cow)
 		if (err)
 			break;
 		if (!args->json)
-			show(&cow->status, &shown);
+			show_progress(cow->status.prefetch_done * BLOCK_BYTES,
+				      cow->status.prefetch_total * BLOCK_BYTES, &shown);
 		if (strcmp(cow->status.prefetch, "running"))
 			break;
 		/* The signal stays pending, and ends us when all is done. */
@@ -122,9 +99,7 @@ static int watch(const struct args *args, struct cow *cow)
 		}
 	}
 	close(signals);
-	if (shown >= 0 && isatty(STDOUT_FILENO))
-		putchar('\n');
-	fflush(stdout);
+	end_progress(shown);
 	return err ? err : result(args, cow);
 }
 

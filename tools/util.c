@@ -22,6 +22,8 @@
 
 #include "cowctl.h"
 
+#define BAR_WIDTH	40
+
 /* The nbdkit plugin has its own. */
 void __attribute__((weak)) put_message(const char *text)
 {
@@ -58,6 +60,44 @@ void warn(const char *fmt, ...)
 	va_start(ap, fmt);
 	message(fmt, ap);
 	va_end(ap);
+}
+
+/*
+ * How far something of @total bytes is: on a terminal a bar that moves, else a line
+ * for each tenth of the way. @shown begins with -1.
+ */
+void show_progress(uint64_t done, uint64_t total, int *shown)
+{
+	int percent = total ? 100.0 * done / total : 100;
+	char have[16], want[16], bar[BAR_WIDTH + 1];
+	bool terminal = isatty(STDOUT_FILENO);
+
+	if (percent / (terminal ? 1 : 10) == *shown)
+		return;
+	*shown = percent / (terminal ? 1 : 10);
+	human_size(done, have);
+	human_size(total, want);
+	memset(bar, ' ', BAR_WIDTH);
+	memset(bar, '#', BAR_WIDTH * percent / 100);
+	bar[BAR_WIDTH] = '\0';
+	if (terminal)
+		printf("\r[%s] %3d%%  %s of %s \033[K", bar, percent, have, want);
+	else
+		printf("%d%% %s of %s\n", percent, have, want);
+	fflush(stdout);
+}
+
+void end_progress(int shown)
+{
+	if (shown >= 0 && isatty(STDOUT_FILENO))
+		putchar('\n');
+	fflush(stdout);
+}
+
+/* -@error of a system call, but none that exit_code() has a meaning of its own for. */
+int io_error(int error)
+{
+	return error == EINVAL || !error ? -EIO : error == EDQUOT ? -ENOSPC : -error;
 }
 
 int exit_code(int err)

@@ -322,6 +322,9 @@ int cmd_set(const struct args *args) { return command(args); }
 int cmd_prefetch(const struct args *args) { return command(args); }
 int cmd_changes(const struct args *args) { return command(args); }
 int cmd_map(const struct args *args) { return command(args); }
+int cmd_diff(const struct args *args) { return command(args); }
+int cmd_load(const struct args *args) { return command(args); }
+int cmd_commit(const struct args *args) { return command(args); }
 int cmd_rebase(const struct args *args) { return command(args); }
 int cmd_serve(const struct args *args) { return command(args); }
 int cmd_export(const struct args *args) { return command(args); }

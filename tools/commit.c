@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * commit: the changes of a device are written to a copy of its base, or, where that is
+ * really meant and nobody else has it, to the base itself.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <json-c/json.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/loop.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "cowctl.h"
+
+#define BUF_BYTES	(1024 << 10)
+#define ZERO_BYTES	(UINT64_C(1) << 30)	/* at a time, for signals to be seen */
+
+struct commit {
+	const struct args *args;
+	const char *path;		/* of the target */
+	int fd;
+	struct stat st;
+	uint64_t bytes;			/* of the target */
+	bool force;
+	bool onto_base;
+	struct view view;
+	char *buf;
+	uint64_t sums[KINDS];
+	uint64_t done;
+	int shown;
+	bool show;
+};
+
+/* Return: whether the loop device @dev is attached to the file. */
+static bool attached_to(const char *dev, const struct stat *st)
+{
+	int fd = open(dev, O_RDONLY | O_CLOEXEC);
+	struct loop_info64 info;
+	bool same = fd >= 0 && !ioctl(fd, LOOP_GET_STATUS64, &info) &&
+		    info.lo_inode == st->st_ino && info.lo_device == st->st_dev;
+
+	if (fd >= 0)
+		close(fd);
+	return same;
+}
+
+/* Return: the number of a loop device that is attached to the file, or 0. */
+static dev_t find_loop(const struct stat *st)
+{
+	DIR *dir = opendir("/sys/block");
+	struct dirent *entry;
+	dev_t found = 0;
+
+	while (dir && !found && (entry = readdir(dir))) {
+		char *path = xasprintf("/sys/block/%s/loop/backing_file", entry->d_name);
+		char *dev = xasprintf("/dev/%s", entry->d_name);
+		struct stat loop;
+
+		if (!strncmp(entry->d_name, "loop", 4) && !access(path, F_OK) &&
+		    attached_to(dev, st) && !stat(dev, &loop))
+			found = loop.st_rdev;
+		free(dev);
+		free(path);
+	}
+	if (dir)
+		closedir(dir);
+	return found;
+}
+
+static int fail_in_use(const struct commit *commit, const char *what, char *who)
+{
+	int err = fail(-EBUSY, "%s %s %s", commit->path, what, who);
+
+	free(who);
+	return err;
+}
+
+/* The base may be written only when this copy is its one user, and its owner means it. */
+static int check_base_target(struct commit *commit, dev_t base)
+{
+	struct holders holders;
+	char *where = mounted_on(base);
+
+	commit->onto_base = true;
+	find_holders(base, &holders);
+	if (where)
+		return fail_in_use(commit, "is mounted on", where);
+	if (holders.other)
+		return fail_in_use(commit, "is in use by", holders.other);
+	if (holders.copies > 1)
+		return fail(-EBUSY, "%s is the base of other copies, too", commit->path);
+	return commit->force ? 0 :
+	       fail(-EBUSY, "%s is the base of %s itself; say force=true to change it",
+		    commit->path, commit->args->name);
+}
+
+static int open_device(struct commit *commit, const struct cow *cow)
+{
+	dev_t dev = commit->st.st_rdev, base = makedev(cow->table.major, cow->table.minor);
+	dev_t live = makedev(cow->major, cow->minor);
+	char *where;
+	int err = 0;
+
+	if (dev == base)
+		err = check_base_target(commit, base);
+	else if (stands_on(NULL, dev, &live))
+		err = fail(-EBUSY, "%s is %s itself, or made of it", commit->path,
+			   commit->args->name);
+	else if (stands_on(NULL, dev, &base) || stands_on(NULL, base, &dev))
+		err = fail(-EBUSY, "%s is made of the base of %s, or that of it", commit->path,
+			   commit->args->name);
+	if (err)
+		return err;
+	where = mounted_on(dev);
+	if (where)
+		return fail_in_use(commit, "is mounted on", where);
+	commit->fd = open(commit->path, O_RDWR | O_DIRECT | O_CLOEXEC |
+			  (commit->onto_base ? 0 : O_EXCL));
+	if (commit->fd < 0)
+		return fail(-errno, errno == EBUSY ? "%s is in use" : "cannot open %s: %m",
+			    commit->path);
+	if (ioctl(commit->fd, BLKGETSIZE64, &commit->bytes))
+		return fail(-errno, "cannot get the size of %s: %m", commit->path);
+	return 0;
+}
+
+static int open_file(struct commit *commit, const struct cow *cow)
+{
+	struct flock whole = { .l_type = F_WRLCK };
+	dev_t base = makedev(cow->table.major, cow->table.minor), loop = find_loop(&commit->st);
+	int err = 0;
+
+	if (loop && loop == base)
+		err = check_base_target(commit, base);
+	else if (loop)
+		err = fail_in_use(commit, "is attached to", device_path(major(loop), minor(loop)));
+	if (err)
+		return err;
+	commit->fd = open(commit->path, O_RDWR | O_CLOEXEC);
+	if (commit->fd < 0)
+		return fail(-errno, "cannot open %s: %m", commit->path);
+	/* A virtual machine that has it locks some of it; file systems need not know locks. */
+	if (fcntl(commit->fd, F_OFD_SETLK, &whole) && (errno == EAGAIN || errno == EACCES))
+		return fail(-EBUSY, "%s is in use by another program", commit->path);
+	commit->bytes = commit->st.st_size;
+	return 0;
+}
+
+static int open_target(struct commit *commit, const struct cow *cow)
+{
+	uint64_t bytes = cow->sectors * SECTOR_BYTES;
+	uint64_t base_bytes = cow->status.base_size_sectors * SECTOR_BYTES;
+	int err;
+
+	if (stat(commit->path, &commit->st))
+		return fail(-errno, "cannot find %s: %m", commit->path);
+	if (S_ISBLK(commit->st.st_mode))
+		err = open_device(commit, cow);
+	else if (S_ISREG(commit->st.st_mode))
+		err = open_file(commit, cow);
+	else
+		err = fail(-ENOTBLK, "%s is no block device or file", commit->path);
+	if (err)
+		return err;
+	/* Like the base, a file may be shorter than the device. */
+	if (commit->bytes < bytes &&
+	    (S_ISBLK(commit->st.st_mode) || !base_bytes || commit->bytes < base_bytes))
+		return fail(-EIO, "%s has %" PRIu64 " bytes, fewer than the %" PRIu64 " of %s",
+			    commit->path, commit->bytes, S_ISBLK(commit->st.st_mode) ||
+			    base_bytes > bytes ? bytes : base_bytes, commit->args->name);
+	return 0;
+}
+
+static int fail_write(const struct commit *commit)
+{
+	return fail(io_error(errno), "cannot write %s: %m", commit->path);
+}
+
+static int write_range(struct commit *commit, const char *buf, size_t bytes, uint64_t offset)
+{
+	while (bytes) {
+		ssize_t n = pwrite(commit->fd, buf, bytes, offset);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return fail_write(commit);
+		buf += n;
+		bytes -= n;
+		offset += n;
+	}
+	return 0;
+}
+
+static int copy_range(struct commit *commit, uint64_t offset, uint64_t end)
+{
+	int err = 0;
+
+	while (!err && offset < end) {
+		size_t n = end - offset < BUF_BYTES ? end - offset : BUF_BYTES;
+
+		if (interrupted())
+			return -EINTR;
+		err = view_read(&commit->view, commit->buf, n, offset) ?:
+		      write_range(commit, commit->buf, n, offset);
+		offset += n;
+		commit->done += n;
+		if (commit->show && !err)
+			show_progress(commit->done, commit->sums[WRITTEN], &commit->shown);
+	}
+	return err;
+}
+
+static int write_zeroes(struct commit *commit, uint64_t offset, uint64_t end)
+{
+	int err = 0;
+
+	memset(commit->buf, 0, BUF_BYTES);
+	while (!err && offset < end) {
+		size_t n = end - offset < BUF_BYTES ? end - offset : BUF_BYTES;
+
+		err = interrupted() ? -EINTR : write_range(commit, commit->buf, n, offset);
+		offset += n;
+	}
+	return err;
+}
+
+static int zero_range(struct commit *commit, uint64_t offset, uint64_t end)
+{
+	int err = 0;
+
+	while (!err && offset < end) {
+		uint64_t span[2] = {
+			offset, end - offset < ZERO_BYTES ? end - offset : ZERO_BYTES,
+		};
+
+		if (interrupted())
+			return -EINTR;
+		if (S_ISBLK(commit->st.st_mode))
+			err = ioctl(commit->fd, BLKZEROOUT, span) ? fail_write(commit) : 0;
+		else if (fallocate(commit->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, span[0],
+				   span[1]) &&
+			 fallocate(commit->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, span[0],
+				   span[1]))
+			err = write_zeroes(commit, span[0], span[0] + span[1]);
+		offset += span[1];
+	}
+	return err;
+}
+
+static int count_range(const struct range *range, void *arg)
+{
+	struct commit *commit = arg;
+
+	commit->sums[range->kind] += range->end - range->start;
+	return 0;
+}
+
+static int commit_range(const struct range *range, void *arg)
+{
+	return range->kind == WRITTEN ? copy_range(arg, range->start, range->end) :
+	       range->kind == ZEROED ? zero_range(arg, range->start, range->end) : 0;
+}
+
+static int write_changes(struct commit *commit)
+{
+	const struct view *view = &commit->view;
+	uint64_t bytes = view->cow.sectors * SECTOR_BYTES, under_end = commit->bytes;
+	int err = walk_device(&view->cow, view->dev, under_end, count_range, commit);
+
+	if (!err && commit->bytes < bytes && ftruncate(commit->fd, bytes))
+		err = fail_write(commit);
+	if (!err)
+		err = walk_device(&view->cow, view->dev, under_end, commit_range, commit);
+	if (commit->shown >= 0)
+		end_progress(commit->shown);
+	view_close(&commit->view);
+	if (!err && fsync(commit->fd))
+		err = fail_write(commit);
+	/* Whoever reads the base now is to see what it has become. */
+	if (commit->onto_base) {
+		char *path = device_path(view->cow.table.major, view->cow.table.minor);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		dm_message(commit->args, "drop_cache");
+		if (fd >= 0) {
+			ioctl(fd, BLKFLSBUF);
+			close(fd);
+		}
+		free(path);
+	}
+	return err;
+}
+
+static void report_commit(const struct commit *commit)
+{
+	struct json_object *object;
+	char written[16], zeroed[16];
+
+	if (!commit->args->json) {
+		printf("%s: %s written, %s zeroed\n", commit->path,
+		       human_size(commit->sums[WRITTEN], written),
+		       human_size(commit->sums[ZEROED], zeroed));
+		return;
+	}
+	object = json_object_new_object();
+	json_object_object_add(object, "name", json_object_new_string(commit->view.cow.name));
+	json_object_object_add(object, "file", json_object_new_string(commit->path));
+	json_object_object_add(object, "written", json_object_new_uint64(commit->sums[WRITTEN]));
+	json_object_object_add(object, "zeroed", json_object_new_uint64(commit->sums[ZEROED]));
+	print_json(object);
+}
+
+int cmd_commit(const struct args *args)
+{
+	struct commit commit = {
+		.args = args, .path = args->value[KEY_TO], .fd = -1, .view.fd = -1, .shown = -1,
+		.show = !args->json && isatty(STDOUT_FILENO),
+	};
+	int err = parse_flag(args, KEY_FORCE, false, &commit.force);
+
+	if (err)
+		return err;
+	if (!commit.path)
+		return fail(-EINVAL, "commit: to= is missing; see \"cowctl help commit\"");
+	if (!printable(commit.path))
+		return fail(-EINVAL, "to=%s contains a character that cannot be printed",
+			    commit.path);
+	commit.buf = aligned_alloc(BLOCK_BYTES, BUF_BYTES);
+	if (!commit.buf)
+		return fail(-ENOMEM, "out of memory");
+	err = view_open(args, &commit.view) ?: open_target(&commit, &commit.view.cow);
+	if (!err)
+		err = write_changes(&commit);
+	view_close(&commit.view);
+	if (commit.fd >= 0)
+		close(commit.fd);
+	free(commit.buf);
+	if (!err)
+		report_commit(&commit);
+	return err;
+}
