@@ -1,0 +1,549 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# If this fails, what cowctl diff, load and commit keep of a copy is something else than
+# what it was, or they leave something behind, or open what they must not.
+
+. "$(dirname "$0")/cowctl-common.sh"
+
+# The tests work in a directory of their own.
+PATH=$(realpath "$(dirname "$0")/../build/tests"):$PATH
+COW=/dev/mapper/test-cow
+COW2=/dev/mapper/test-c2
+
+# begin_here [COMMAND...]: makes the base
+begin_here()
+{
+	need cowctl jq qemu-img qemu-nbd
+	mkdir "$work/here"
+	undo rm -rf "$work/here"
+	cd "$work/here"
+	begin "${@:-:}"
+	BASE=${REPLY:-}
+}
+
+# fill FILE BYTES: with what bases hold, and at the end something else
+fill()
+{
+	truncate -s $(($2 / 512 * 512)) "$1"
+	make_loop "$PWD/$1"
+	io "$REPLY" 'write 0 end .'
+	losetup -d "$REPLY"
+	unset 'undo_list[-1]'
+	head -c $(($2 % 512)) /dev/urandom >>"$1"
+}
+
+unmount()
+{
+	! mountpoint -q "$1" || umount "$1"
+}
+
+# With its backing file the image is the same as the device.
+same_as()
+{
+	qemu-img compare -f qcow2 -F raw "$1" "$2"
+}
+
+# Neither view, server, connection nor half of a file, and the device works.
+all_gone()
+{
+	! dmsetup ls | grep cowctl-view && ! pgrep -a qemu-nbd &&
+		! find . "$run_dir" -name '*part' -o -name '*.image' | grep .
+}
+
+working()
+{
+	[ "$(dmsetup info -c --noheadings -o suspended "$1")" = Active ]
+}
+
+# change_at_random DEVICE BYTES SEED: BYTES are in the base
+change_at_random()
+{
+	io "$1" "model $2" "random $3 400" 'discard 100k 300k' 'zeroout 500k 8k' 'write 1020k 8k A' \
+		verify
+}
+
+# round_trip BASE SIZE ROUND: of a copy of that size
+round_trip()
+{
+	local how=("base=$1" "round=$3" ${2:+"size=$2"}) bytes
+
+	cowctl create test-cow "${how[@]}"
+	cowctl create test-c2 "${how[@]}"
+	bytes=$(member base_size test-cow)
+	change_at_random $COW "$bytes" "$RANDOM"
+	cowctl diff test-cow a.qcow2
+	same_as a.qcow2 $COW
+	cowctl load test-c2 a.qcow2 2>warning
+	is 'what it warned of' "$(<warning)" ''
+	cmp $COW $COW2
+	is 'the changes' "$(cowctl changes test-c2 --json)" "$(cowctl changes test-cow --json)"
+	is 'its mode' "$(stat -c %a a.qcow2)" 600
+	qemu-img check -q a.qcow2
+	cowctl remove test-cow
+	cowctl remove test-c2
+	rm a.qcow2
+	all_gone
+}
+
+round_trips()
+{
+	begin_here make_brd 2048
+	# longer than its base, and shorter
+	round_trip "$BASE" 3M down
+	round_trip "$BASE" 1100K down
+}
+
+# A file that ends within a block, or even within a sector.
+odd_tails()
+{
+	local bytes
+
+	begin_here
+	for bytes in 2098176 2097652; do
+		fill disk.img "$bytes"
+		round_trip disk.img '' up
+		rm disk.img
+	done
+	fill disk.img 2097652
+	round_trip disk.img 3M down
+}
+
+# What is under the image may have more than the device shows of it.
+base_grew()
+{
+	begin_here
+	fill disk.img 1049000
+	cowctl create test-cow base=disk.img size=2M
+	io $COW 'write 8k 4k A' 'write 1200k 4k B'
+	(cat disk.img; head -c 300000 /dev/urandom) >more.img
+	cowctl rebase test-cow base=more.img force=true
+	cowctl diff test-cow a.qcow2
+	same_as a.qcow2 $COW
+	cp more.img copy.img
+	cowctl commit test-cow to=copy.img
+	cmp copy.img $COW
+}
+
+# all zeroes of the device are there, whatever is in the backing file
+zeroes_are_kept()
+{
+	begin_here make_brd 4096
+	cowctl create test-cow base="$BASE"
+	io $COW 'discard 0 4M' 'write 1M 4k A'
+	cowctl diff test-cow a.qcow2 --json >report
+	is 'the report' "$(jq -c . report)" "{\"name\":\"test-cow\",\"file\":\"$PWD/a.qcow2\",\"size\":4194304,\"written\":4096,\"zeroed\":4190208,\"backing\":\"/dev/ram0\",\"format\":\"raw\"}"
+	same_as a.qcow2 $COW
+	between 'its size' "$(stat -c %b a.qcow2)" 1 2048
+	cowctl reset test-cow
+	cowctl diff test-cow none.qcow2
+	same_as none.qcow2 "$BASE"
+}
+
+# Blocks are written one after the other, each time with the next number: the state of
+# one instant has all of them up to some number, and none of those after it.
+diff_of_one_instant()
+{
+	local writer
+
+	need python3
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	cat >write.py <<-'EOF'
+		import itertools, mmap, os
+		fd = os.open("/dev/mapper/test-cow", os.O_RDWR | os.O_DIRECT)
+		buf = mmap.mmap(-1, 4096)
+		for n in itertools.count(1):
+		    buf[:8] = n.to_bytes(8, "little")
+		    os.pwrite(fd, buf, n % 512 * 4096)
+		    if n % 100 == 0:
+		        with open("now.new", "w") as f:
+		            f.write(str(n))
+		        os.rename("now.new", "now")
+	EOF
+	python3 write.py &
+	writer=$!
+	undo kill $writer
+	wait_until 30 written 1200
+	cowctl diff test-cow a.qcow2
+	cowctl diff test-cow b.qcow2
+	wait_until 30 written $(($(<now) + 1000))
+	kill -0 $writer
+	for image in a b; do
+		qemu-img convert -O raw $image.qcow2 $image.raw
+		python3 -c '
+import struct, sys
+data = open(sys.argv[1], "rb").read()
+numbers = [struct.unpack_from("<Q", data, i * 4096)[0] for i in range(512)]
+last = max(numbers)
+assert last >= 1200, last
+for i, n in enumerate(numbers):
+    assert n == last - (last - i) % 512, (i, n, last)
+print("instant", last)' $image.raw
+	done
+	all_gone
+}
+
+written()
+{
+	[ -e now ] && [ "$(<now)" -ge "$1" ]
+}
+
+# What a file system has not yet written is there, too; it is clean after its journal.
+mounted()
+{
+	begin_here make_brd 8192
+	cowctl create test-cow base="$BASE"
+	cowctl create test-c2 base="$BASE"
+	mkfs.ext2 -q $COW
+	mkdir mnt
+	mount $COW mnt
+	undo unmount "$PWD/mnt"
+	echo 'not synced' >mnt/file
+	cowctl diff test-cow a.qcow2
+	echo later >mnt/other
+	working test-cow
+	umount mnt
+	cowctl load test-c2 a.qcow2
+	mount -o ro $COW2 mnt
+	is 'the file' "$(<mnt/file)" 'not synced'
+	test ! -e mnt/other
+	umount mnt
+	says 4 'is mounted on' mounted_load
+}
+
+mounted_load()
+{
+	cowctl reset test-c2
+	mkdir ram
+	mkfs.ext2 -q $COW2 && cowctl diff test-c2 fs.qcow2 >/dev/null && cowctl reset test-c2 &&
+		cowctl load test-c2 fs.qcow2 >/dev/null && mount $COW2 mnt &&
+		cowctl reset test-c2 force=true
+	cowctl load test-c2 fs.qcow2
+}
+
+two_at_once()
+{
+	local pids=() pid failed=0 i
+
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	change_at_random $COW 2M "$RANDOM"
+	for i in 1 2; do
+		cowctl diff test-cow $i.qcow2 &
+		pids+=($!)
+	done
+	wait "${pids[0]}"
+	wait "${pids[1]}"
+	same_as 1.qcow2 $COW
+	same_as 2.qcow2 $COW
+	# only one of these can make it
+	pids=()
+	for i in 1 2 3; do
+		cowctl diff test-cow same.qcow2 &
+		pids+=($!)
+	done
+	for pid in "${pids[@]}"; do
+		wait "$pid" || { is 'the status' $? 4; failed=$((failed + 1)); }
+	done
+	is 'how many failed' $failed 2
+	same_as same.qcow2 $COW
+	all_gone
+}
+
+no_room_for_it()
+{
+	begin_here make_brd 4096
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 3M A'
+	mkdir small
+	mount -t tmpfs -o size=1M none small
+	undo umount "$PWD/small"
+	says 1 'cannot write small/a.qcow2: No space left' cowctl diff test-cow small/a.qcow2
+	is 'what is there' "$(ls -A small)" ''
+	all_gone
+	io $COW 'check 0 3M A' 'write 0 4k B'
+}
+
+# disturbed SIGNAL CALL=NUMBER: comes at that step of a diff, which then leaves nothing
+# that the next one minds
+disturbed()
+{
+	local rc=0 call=${2%=*}
+
+	# the shell may have it ignored
+	env --default-signal=INT strace -qq -o /dev/null -e "trace=$call" \
+		-e "inject=$call:signal=$1:when=${2#*=}" cowctl diff test-cow a.qcow2 || rc=$?
+	is "the status after $1 at $2" $rc $((128 + $(kill -l "$1")))
+	test ! -e a.qcow2
+	# what the kernel takes away does not wait for anybody
+	wait_until 10 working test-cow
+	wait_until 10 not pgrep -a qemu-nbd
+	[ "$1" = KILL ] || is 'what is there' "$(ls -A)" ''
+	cowctl diff test-cow a.qcow2
+	all_gone
+	rm a.qcow2
+}
+
+# while it is frozen, and copied
+interrupted()
+{
+	need strace
+	begin_here make_brd 1024
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 1M A'
+	disturbed INT poll=1
+	disturbed TERM pread64=2
+}
+
+killed()
+{
+	need strace
+	begin_here make_brd 1024
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 1M A'
+	disturbed KILL poll=1
+	disturbed KILL pread64=2
+}
+
+# Of a base of that name the qcow2 file tells, but nobody looks there.
+foreign_names()
+{
+	local opens=(-f --seccomp-bpf -qq -e 'trace=open,openat,openat2' -o trace) rc=0
+
+	need strace
+	begin_here make_brd 2048
+	echo secret >secret
+	truncate -s 2M secret
+	cowctl create test-cow base="$BASE"
+	qemu-img create -q -f qcow2 -u -b "$PWD/secret" -F raw evil.qcow2 2M
+	strace "${opens[@]}" cowctl load test-cow evil.qcow2 2>warning || fail "$(<warning)"
+	grep 'was saved on top of .*/secret; /dev/ram0 must have the same content' warning
+	grep -q evil.qcow2 trace
+	fails grep '/secret"' trace
+	cmp $COW "$BASE"
+	truncate -s 1M secret
+	says 1 'not as large as /dev/ram0; or say force=true' cowctl load test-cow evil.qcow2
+	cowctl load test-cow evil.qcow2 force=true
+
+	qemu-img create -q -f qcow2 -o data_file="$PWD/secret",data_file_raw=on data.qcow2 2M
+	strace "${opens[@]}" cowctl load test-cow data.qcow2 2>error || rc=$?
+	is 'the status' $rc 1
+	grep 'its data are in another file' error
+	fails grep '/secret"' trace
+	all_gone
+}
+
+# Names that qemu takes for something else, and cowctl for keys
+odd_names()
+{
+	local name
+
+	begin_here make_brd 1024
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 4k A'
+	for name in 'json:{}' $'a:b,file=\303\244 "b'; do
+		cowctl diff test-cow "./$name"
+		same_as "./$name" $COW
+		cowctl create test-c2 base="$BASE"
+		cowctl load test-c2 "./$name"
+		cmp $COW $COW2
+		cowctl remove test-c2
+	done
+	cowctl diff test-cow "$PWD/x=y.qcow2" backing=nbd:x.img format=qcow2
+	is 'the backing file' "$(qemu-img info --output=json x=y.qcow2 |
+		jq -r '.["backing-filename"], .["backing-filename-format"]' | xargs)" './nbd:x.img qcow2'
+	says 2 'cannot be printed' cowctl diff test-cow $'./a\nb'
+	says 1 'cannot make u.qcow2: .*nonsense' cowctl diff test-cow u.qcow2 format=nonsense
+	is 'what is there' "$(find . -name '*u.qcow2*')" ''
+	says 1 'cannot find the directory' cowctl diff test-cow none/u.qcow2
+	says 2 'the file to make is missing' cowctl diff test-cow
+	says 2 'the file to load is missing' cowctl load test-cow
+	says 3 'there is no device cow' cowctl diff u.qcow2
+	says 3 'there is no device test-cno' cowctl diff test-cno u.qcow2
+	says 4 'x=y.qcow2 exists already' cowctl diff test-cow ./x=y.qcow2
+}
+
+# The address of its server is recorded, which qemu understands.
+nbd_base()
+{
+	begin_here serve_image 1048576
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 4k A' 'discard 64k 64k'
+	cowctl diff test-cow a.qcow2
+	is 'the backing file' "$(qemu-img info --output=json a.qcow2 | jq -r '.["backing-filename"]')" "$BASE"
+	same_as a.qcow2 $COW
+	cowctl reset test-cow
+	cowctl load test-cow a.qcow2 2>warning
+	is 'what it warned of' "$(<warning)" ''
+	same_as a.qcow2 $COW
+	cowctl remove test-cow
+	image_is_unchanged
+}
+
+# refused STATUS PATTERN FILE: and the copy is as fresh as it was
+refused()
+{
+	says "$1" "$2" cowctl load test-cow "$3"
+	is 'the changes' "$(cowctl changes test-cow --json | jq -c .ranges)" '[]'
+	all_gone
+}
+
+bad_images()
+{
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 1000k A' 'discard 1200k 400k' 'write 2000k 4k B'
+	cowctl diff test-cow a.qcow2
+	cp $COW all
+	says 4 'has been changed already; "cowctl reset" it first' cowctl load test-cow a.qcow2
+	cowctl reset test-cow
+
+	refused 1 'cannot open none.qcow2: No such file' none.qcow2
+	refused 1 'is no file' /dev/null
+	head -c 2M /dev/urandom >bad
+	refused 1 'bad is no qcow2 image' bad
+	: >bad
+	refused 1 'bad is no qcow2 image' bad
+	head -c 60 a.qcow2 >bad
+	refused 1 'bad' bad
+	for cut in 1 200000 1000000; do
+		cp a.qcow2 bad
+		truncate -s -$cut bad
+		refused 1 'bad \(was cut off\|is damaged\)' bad
+	done
+	# the first entry of the table of tables
+	cp a.qcow2 bad
+	printf '\377\377\377\377\377\377\377\377' | dd of=bad bs=1 conv=notrunc status=none \
+		seek=$((0x$(xxd -s 40 -l 8 -p a.qcow2)))
+	refused 1 'bad' bad
+	qemu-img create -q -f qcow2 bad 3M
+	refused 1 'is a disk of 3145728 bytes, but test-cow has 2097152' bad
+	qemu-img create -q -f qcow2 --object secret,id=s,data=x \
+		-o encrypt.format=aes,encrypt.key-secret=s bad 2M
+	refused 1 'is encrypted' bad
+	# half of it fits
+	cowctl set test-cow limit=500K
+	refused 1 'cannot write to test-cow: No space left' a.qcow2
+	cowctl set test-cow limit=none
+	exec 7<$COW
+	cowctl load test-cow a.qcow2
+	exec 7<&-
+	cmp all $COW
+
+	# what others make of it
+	cowctl reset test-cow
+	qemu-img convert -c -O qcow2 -B "$BASE" -F raw a.qcow2 small.qcow2
+	cowctl load test-cow small.qcow2
+	cmp all $COW
+}
+
+interrupted_load()
+{
+	local rc=0
+
+	need strace
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 2M A'
+	cowctl diff test-cow a.qcow2
+	cowctl reset test-cow
+	strace -qq -o /dev/null -e trace=pwrite64 -e inject=pwrite64:signal=TERM:when=2 \
+		cowctl load test-cow a.qcow2 || rc=$?
+	is 'the status' $rc 143
+	is 'the changes' "$(cowctl changes test-cow --json | jq -c .ranges)" '[]'
+	all_gone
+	cowctl load test-cow a.qcow2
+	io $COW 'check 0 2M A'
+}
+
+commit_to_device()
+{
+	begin_here make_brd 2048 3
+	unguard /dev/ram1
+	unguard /dev/ram2
+	cat "$BASE" >/dev/ram1
+	cowctl create test-cow base="$BASE"
+	change_at_random $COW 2M "$RANDOM"
+	cowctl commit test-cow to=/dev/ram1
+	cmp $COW /dev/ram1
+	says 4 'is the base of test-cow itself; say force=true' cowctl commit test-cow to="$BASE"
+	says 4 'is test-cow itself, or made of it' cowctl commit test-cow to=$COW
+	make_dm test-under "0 4096 linear $BASE 0"
+	says 4 'is in use by dm-' cowctl commit test-cow to="$BASE" force=true
+	says 4 'is made of the base' cowctl commit test-cow to=/dev/mapper/test-under force=true
+	make_dm test-top "0 4096 linear $COW 0"
+	says 4 'is test-cow itself, or made of it' cowctl commit test-cow to=/dev/mapper/test-top
+	mkfs.ext2 -q /dev/ram2
+	mkdir mnt
+	mount /dev/ram2 mnt
+	undo unmount "$PWD/mnt"
+	says 4 'is mounted on' cowctl commit test-cow to=/dev/ram2 force=true
+	umount mnt
+	make_dm test-other '0 4096 linear /dev/ram2 0'
+	says 4 'is in use' cowctl commit test-cow to=/dev/ram2
+	says 2 'to= is missing' cowctl commit test-cow
+	says 1 'cannot find' cowctl commit test-cow to=/dev/none
+	says 1 'is no block device or file' cowctl commit test-cow to=/dev/null
+	all_gone
+}
+
+commit_to_file()
+{
+	begin_here
+	fill disk.img 2098000
+	cowctl create test-cow base=disk.img size=3M
+	change_at_random $COW 2097664 "$RANDOM"
+	cp disk.img copy.img
+	says 4 'is the base of test-cow itself' cowctl commit test-cow to=disk.img
+	ln disk.img link.img
+	says 4 'is the base of test-cow itself' cowctl commit test-cow to=link.img
+	make_loop "$PWD/copy.img"
+	says 4 "is attached to $REPLY" cowctl commit test-cow to=copy.img force=true
+	losetup -d "$REPLY"
+	unset 'undo_list[-1]'
+	wait_until 10 not_attached
+	truncate -s 2M short.img
+	says 1 'fewer than the' cowctl commit test-cow to=short.img
+	cowctl commit test-cow to=copy.img --json >report
+	is 'the report' "$(jq -c 'keys' report)" '["file","name","written","zeroed"]'
+	cmp copy.img $COW
+	# and a copy that is longer, with something there
+	(cat disk.img; head -c 1048576 /dev/urandom) >copy.img
+	cowctl commit test-cow to=copy.img
+	cmp -n 3145728 copy.img $COW
+
+	cowctl create test-c2 base=disk.img
+	says 4 'attached to\|other copies' cowctl commit test-cow to=disk.img force=true
+	cowctl remove test-c2
+	cp $COW all
+	cowctl commit test-cow to=disk.img force=true
+	cmp disk.img all
+	cowctl reset test-cow
+	cmp -n 2097152 disk.img $COW
+	all_gone
+}
+
+not_attached()
+{
+	! losetup -a | grep copy.img
+}
+
+run_tests \
+	round_trips 'diff and load' \
+	odd_tails 'a base that ends within a block' \
+	base_grew 'a base that has grown' \
+	zeroes_are_kept 'zeroes over data' \
+	diff_of_one_instant 'one instant of a device that is written' \
+	mounted 'a file system in use' \
+	two_at_once 'two diffs at once' \
+	no_room_for_it 'a disk that is full' \
+	interrupted 'SIGINT and SIGTERM' \
+	killed 'SIGKILL' \
+	foreign_names 'an image that names other files' \
+	odd_names 'odd names' \
+	nbd_base 'a base on an NBD server' \
+	bad_images 'images that are damaged, foreign or too much' \
+	interrupted_load 'an interrupted load' \
+	commit_to_device 'commit to a device' \
+	commit_to_file 'commit to a file'
