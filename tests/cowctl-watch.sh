@@ -348,7 +348,7 @@ reports()
 {
 	local -a made
 
-	need nbdkit sfdisk python3
+	need nbdkit sfdisk python3 qemu-img qemu-nbd
 	python3 -c 'import jsonschema' || skip 'needs python3-jsonschema'
 	begin make_brd 4096
 	undo rm -f "$work"/*.json
@@ -367,8 +367,13 @@ reports()
 	cowctl create test-c2 base="$REPLY" cow-on-read="$work/none"
 	cowctl list --json >"$work/list.2.json"
 	cowctl rebase test-c2 base="$REPLY" --json >"$work/rebase.json"
+	cowctl diff test-c1 "$work/a.qcow2" --json >"$work/diff.json"
+	undo rm -f "$work"/a.{qcow2,img}
+	cowctl load test-c2 "$work/a.qcow2" --json >"$work/load.json"
+	cp --sparse=always "$REPLY" "$work/a.img"
+	cowctl commit test-c1 to="$work/a.img" --json >"$work/commit.json"
 	made=("$work"/*.json)
-	is 'the number of reports' ${#made[@]} 10
+	is 'the number of reports' ${#made[@]} 13
 	python3 - "$schema" "${made[@]}" <<-'END'
 		import json, os, sys, jsonschema
 		schema = json.load(open(sys.argv[1]))

@@ -345,6 +345,7 @@ int parse_time(const struct args *args, enum key key, uint64_t least_ms, uint64_
 char *device_path(unsigned int maj, unsigned int min);
 struct json_object;
 struct json_object *describe(const struct cow *cow);
+void print_json(struct json_object *object);
 int report(const struct args *args);
 const char *key_name(enum key key);
 
@@ -362,7 +363,6 @@ char *base_source(const struct cow *cow);
 int fail_busy(const struct args *args, const struct cow *cow, const char *hint);
 int check_closed(const struct args *args, const struct cow *cow, const char *hint);
 int reset_device(const struct args *args, const struct cow *cow, bool force);
-void print_json(struct json_object *object);
 
 /* changes.c: what differs from the base */
 

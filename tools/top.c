@@ -516,7 +516,7 @@ static struct json_object *describe_look(const struct look *look)
 	return object;
 }
 
-static void print_json(const struct top *top, const struct look *const *sorted)
+static void print_look(const struct top *top, const struct look *const *sorted)
 {
 	struct json_object *object = json_object_new_object(), *list = json_object_new_array();
 
@@ -541,7 +541,7 @@ static int show(struct top *top)
 		sorted[i] = &top->looks[i];
 	qsort(sorted, top->nr, sizeof(*sorted), top->order);
 	if (top->args->json)
-		print_json(top, sorted);
+		print_look(top, sorted);
 	else if (top->screen)
 		draw_screen(top, sorted);
 	else
