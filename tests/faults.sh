@@ -45,9 +45,9 @@ fixture()
 	knob ignore-gfp-wait N
 	knob ignore-gfp-highmem N
 	knob min-order 0
-	# no need to have each failure on the console
+	# not each failure on the console, but what a kernel says that dies of one
 	undo eval "echo '$(</proc/sys/kernel/printk)' >/proc/sys/kernel/printk"
-	echo 1 >/proc/sys/kernel/printk
+	echo 4 >/proc/sys/kernel/printk
 	if [ -e $KMEMLEAK ]; then
 		echo scan=off >$KMEMLEAK
 		echo scan >$KMEMLEAK
