@@ -100,12 +100,12 @@ odd_tails()
 	local bytes
 
 	begin_here
-	for bytes in 2098176 2097652; do
+	for bytes in 2098176 2098852; do
 		fill disk.img "$bytes"
 		round_trip disk.img '' up
 		rm disk.img
 	done
-	fill disk.img 2097652
+	fill disk.img 2098852
 	round_trip disk.img 3M down
 }
 
