@@ -66,7 +66,7 @@ swapped_in()
 # swapped out all the time.
 swapped()
 {
-	local before
+	local before i
 
 	swap_to /dev/ram1
 	mkdir "$work/tmpfs"
@@ -74,12 +74,16 @@ swapped()
 		mount -t tmpfs -o size=8m none "$work/tmpfs"
 	undo umount "$work/tmpfs"
 	before=$(swapped_in)
-	# only in a subshell can it be joined
-	(
-		echo $BASHPID >$SWAPPED/cgroup.procs
-		play $((seconds / 4)) --tmpfs "$work/tmpfs" --cgroup $SWAPPED
-	)
-	[ "$(swapped_in)" -gt "$before" ] || fail 'nothing was swapped'
+	# a slow machine may come no further than to a round that swaps nothing
+	for ((i = 0; i < 5; i++)); do
+		# only in a subshell can it be joined
+		(
+			echo $BASHPID >$SWAPPED/cgroup.procs
+			play $((seconds / 4)) --tmpfs "$work/tmpfs" --cgroup $SWAPPED
+		)
+		[ "$(swapped_in)" = "$before" ] || return 0
+	done
+	fail 'nothing was swapped'
 }
 
 run_tests \
