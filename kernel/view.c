@@ -199,10 +199,11 @@ static int view_message(struct dm_target *ti, unsigned int argc, char **argv,
 			char *result, unsigned int maxlen)
 {
 	struct view_target *v = ti->private;
+	bool frozen;
 
 	/* Pairs with the release in nbdcow_view_freeze(): states are there. */
-	if (argc == 3 && !strcasecmp(argv[0], "extents") &&
-	    smp_load_acquire(&v->view->layer))
+	frozen = smp_load_acquire(&v->view->layer);
+	if (frozen && argc == 3 && !strcasecmp(argv[0], "extents"))
 		return nbdcow_extents(ti, argc, argv, result, maxlen,
 				      view_extent);
 	DMERR("%s: expected extents <block> <blocks>, after the first resume",
