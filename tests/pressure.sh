@@ -144,6 +144,27 @@ viewed()
 	is 'the view' "$(dmsetup status test-view)" "0 65536 nbdcow-view ok $((256 + 1 + 1024))"
 }
 
+# Reclaim takes from the cache and from the overlay all the while.
+cached()
+{
+	local squeezer
+
+	make_swapped 16384
+	dmsetup message test-cow 0 cow_on_read on
+	# without a word in the log from here on
+	echo 4 >/proc/sys/vm/drop_caches
+	while :; do
+		echo 2 >/proc/sys/vm/drop_caches
+		sleep 0.05
+		echo 4M >$SWAPPED/memory.reclaim || :
+	done 2>/dev/null &
+	squeezer=$!
+	undo kill $squeezer
+	io $COW 'model 16M' 'random 11 600' verify 'message test-cow reset' 'check 0 end .' \
+		'check 0 end .'
+	[ "$(field test-cow evicted)" -gt 0 ] || fail 'nothing was dropped'
+}
+
 oom_kills()
 {
 	sed -n 's/^oom_kill //p' $SWAPPED/memory.events
@@ -231,6 +252,7 @@ make_zram()
 run_tests \
 	random_io 'random I/O on an overlay that is swapped out again and again' \
 	swapped_out 'blocks that are swapped out are read, rewritten and discarded' \
+	cached 'a cache and an overlay that lose memory all the time' \
 	viewed 'a view of an overlay that is swapped out' \
 	full_swap 'no swap left: errors for new blocks' \
 	filesystem 'a file system on an overlay bigger than the memory'
