@@ -180,25 +180,16 @@ static int open_target(struct commit *commit, const struct cow *cow)
 	return 0;
 }
 
-static int fail_write(const struct commit *commit)
+static int fail_write(const struct commit *commit, int error)
 {
-	return fail(io_error(errno), "cannot write %s: %m", commit->path);
+	return fail(io_error(error), "cannot write %s: %s", commit->path, strerror(error));
 }
 
 static int write_range(struct commit *commit, const char *buf, size_t bytes, uint64_t offset)
 {
-	while (bytes) {
-		ssize_t n = pwrite(commit->fd, buf, bytes, offset);
+	int err = write_all(commit->fd, buf, bytes, offset);
 
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return fail_write(commit);
-		buf += n;
-		bytes -= n;
-		offset += n;
-	}
-	return 0;
+	return err ? fail_write(commit, -err) : 0;
 }
 
 static int copy_range(struct commit *commit, uint64_t offset, uint64_t end)
@@ -246,7 +237,7 @@ static int zero_range(struct commit *commit, uint64_t offset, uint64_t end)
 		if (interrupted())
 			return -EINTR;
 		if (S_ISBLK(commit->st.st_mode))
-			err = ioctl(commit->fd, BLKZEROOUT, span) ? fail_write(commit) : 0;
+			err = ioctl(commit->fd, BLKZEROOUT, span) ? fail_write(commit, errno) : 0;
 		else if (fallocate(commit->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, span[0],
 				   span[1]) &&
 			 fallocate(commit->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, span[0],
@@ -278,14 +269,14 @@ static int write_changes(struct commit *commit)
 	int err = walk_device(&view->cow, view->dev, under_end, count_range, commit);
 
 	if (!err && commit->bytes < bytes && ftruncate(commit->fd, bytes))
-		err = fail_write(commit);
+		err = fail_write(commit, errno);
 	if (!err)
 		err = walk_device(&view->cow, view->dev, under_end, commit_range, commit);
 	if (commit->shown >= 0)
 		end_progress(commit->shown);
 	view_close(&commit->view);
 	if (!err && fsync(commit->fd))
-		err = fail_write(commit);
+		err = fail_write(commit, errno);
 	/* Whoever reads the base now is to see what it has become. */
 	if (commit->onto_base) {
 		char *path = device_path(view->cow.table.major, view->cow.table.minor);

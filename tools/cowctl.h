@@ -180,6 +180,7 @@ void put_message(const char *text);
 int fail(int err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int io_error(int error);
+int write_all(int fd, const void *buf, size_t bytes, uint64_t offset);
 int exit_code(int err);
 void show_progress(uint64_t done, uint64_t total, int *shown);
 void end_progress(int shown);

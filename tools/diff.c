@@ -331,20 +331,10 @@ struct load {
 static int write_device(void *arg, const void *buf, size_t bytes, uint64_t offset)
 {
 	struct load *load = arg;
+	int err = write_all(load->fd, buf, bytes, offset);
 
-	while (bytes) {
-		ssize_t n = pwrite(load->fd, buf, bytes, offset);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return fail(n ? io_error(errno) : -EIO, "cannot write to %s: %s",
-				    load->args->name, n ? strerror(errno) : "it ends early");
-		buf = (const char *)buf + n;
-		bytes -= n;
-		offset += n;
-	}
-	return 0;
+	return err ? fail(io_error(-err), "cannot write to %s: %s", load->args->name,
+			  strerror(-err)) : 0;
 }
 
 static int load_range(const struct image_range *range, void *arg)

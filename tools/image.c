@@ -534,15 +534,25 @@ int image_read(struct image *image, uint64_t offset, uint64_t bytes)
 	return err;
 }
 
+/* For a request that is alone, and reads and writes nothing. */
+static int take_slot(struct image *image, struct slot **slot)
+{
+	int err = image_settle(image) ?: wait_for_slots(image, slot);
+
+	if (!err) {
+		(*slot)->bytes = 0;
+		(*slot)->state = SENT;
+	}
+	return err;
+}
+
 int image_flush(struct image *image)
 {
 	struct slot *slot;
-	int err = image_settle(image) ?: wait_for_slots(image, &slot);
+	int err = take_slot(image, &slot);
 
 	if (err)
 		return err;
-	slot->bytes = 0;
-	slot->state = SENT;
 	return sent(image, nbd.aio_flush(image->handle, when_completed(slot), 0)) ?:
 	       image_settle(image);
 }
@@ -582,12 +592,10 @@ static int ask_status(struct image *image, uint64_t offset, struct status *statu
 	uint64_t left = image->bytes - offset;
 	nbd_extent_callback extents = { .callback = take_runs, .user_data = status };
 	struct slot *slot;
-	int err = image_settle(image) ?: wait_for_slots(image, &slot);
+	int err = take_slot(image, &slot);
 
 	if (err)
 		return err;
-	slot->bytes = 0;
-	slot->state = SENT;
 	return sent(image, nbd.aio_block_status(image->handle,
 						left < STATUS_BYTES ? left : STATUS_BYTES, offset,
 						extents, when_completed(slot), 0)) ?:

@@ -100,6 +100,23 @@ int io_error(int error)
 	return error == EINVAL || !error ? -EIO : error == EDQUOT ? -ENOSPC : -error;
 }
 
+/* Return: 0 when all was written, or -errno. */
+int write_all(int fd, const void *buf, size_t bytes, uint64_t offset)
+{
+	while (bytes) {
+		ssize_t n = pwrite(fd, buf, bytes, offset);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n ? -errno : -EIO;
+		buf = (const char *)buf + n;
+		bytes -= n;
+		offset += n;
+	}
+	return 0;
+}
+
 int exit_code(int err)
 {
 	switch (-err) {
