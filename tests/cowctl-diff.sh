@@ -215,7 +215,6 @@ mounted()
 mounted_load()
 {
 	cowctl reset test-c2
-	mkdir ram
 	mkfs.ext2 -q $COW2 && cowctl diff test-c2 fs.qcow2 >/dev/null && cowctl reset test-c2 &&
 		cowctl load test-c2 fs.qcow2 >/dev/null && mount $COW2 mnt &&
 		cowctl reset test-c2 force=true
@@ -285,25 +284,25 @@ disturbed()
 	rm a.qcow2
 }
 
-# while it is frozen, and copied
-interrupted()
+# disturbed_by FIRST SECOND: while it is frozen, and copied
+disturbed_by()
 {
 	need strace
 	begin_here make_brd 1024
 	cowctl create test-cow base="$BASE"
 	io $COW 'write 0 1M A'
-	disturbed INT poll=1
-	disturbed TERM pread64=2
+	disturbed "$1" poll=1
+	disturbed "$2" pread64=2
+}
+
+interrupted()
+{
+	disturbed_by INT TERM
 }
 
 killed()
 {
-	need strace
-	begin_here make_brd 1024
-	cowctl create test-cow base="$BASE"
-	io $COW 'write 0 1M A'
-	disturbed KILL poll=1
-	disturbed KILL pread64=2
+	disturbed_by KILL KILL
 }
 
 # Of a base of that name the qcow2 file tells, but nobody looks there.

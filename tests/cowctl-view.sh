@@ -27,18 +27,24 @@ all_states()
 	says 3 'there is no device test-cno' cowctl changes test-cno
 }
 
+# scatter STEP: writes every STEPth of the 16384 blocks of test-cow
+scatter()
+{
+	python3 -c '
+with open("/dev/mapper/test-cow", "r+b", buffering=0) as f:
+    for block in range(0, 16384, '"$1"'):
+        f.seek(block * 4096)
+        f.write(b"A" * 4096)'
+	sync /dev/mapper/test-cow
+}
+
 # More ranges than one answer of the kernel has room for.
 many_ranges()
 {
 	need python3
 	begin make_brd 1024
 	cowctl create test-cow base="$REPLY" size=64M
-	python3 -c '
-with open("/dev/mapper/test-cow", "r+b", buffering=0) as f:
-    for block in range(0, 16384, 2):
-        f.seek(block * 4096)
-        f.write(b"A" * 4096)'
-	sync /dev/mapper/test-cow
+	scatter 2
 	cowctl changes test-cow --json >"$work/changes"
 	undo rm "$work/changes"
 	is 'the number of ranges' "$(jq '.ranges | length' "$work/changes")" 8192
@@ -54,12 +60,7 @@ whole_or_nothing()
 	need strace python3
 	begin make_brd 64
 	cowctl create test-cow base="$REPLY" size=64M
-	python3 -c '
-with open("/dev/mapper/test-cow", "r+b", buffering=0) as f:
-    for block in range(0, 16384, 4):
-        f.seek(block * 4096)
-        f.write(b"A" * 4096)'
-	sync /dev/mapper/test-cow
+	scatter 4
 	strace -qq -o "$work/trace" -e trace=ioctl cowctl changes test-cow --json >"$work/changes"
 	undo rm -f "$work"/{changes,trace}
 	jq -e '.ranges | length == 4096' "$work/changes"
