@@ -15,7 +15,7 @@ serve()
 	local end=$((SECONDS + 60))
 
 	rm -f "$work/served" "$work/errors"
-	cowctl serve test-cow "$@" >"$work/served" 2>"$work/errors" &
+	env --default-signal=INT cowctl serve test-cow "$@" >"$work/served" 2>"$work/errors" &
 	server=$!
 	undo stop_server "$server"
 	undo rm -f "$work/served" "$work/errors"
