@@ -37,6 +37,9 @@ help:
 	@echo '                       both end with a table, and take KERNELS and TESTS as well'
 	@echo '  make fuzz            the fuzzer for an hour, on the newest kernel and two CPUs;'
 	@echo '                       FUZZ_SECONDS=3600, FUZZ_SEED=N'
+	@echo '  make bench           what requests cost, here and on peers: tables, JSON and plots'
+	@echo '                       in build/bench/, in about an hour'
+	@echo '  make bench-quick     the same of some, compared with the last ones kept'
 	@echo '  make bench-cache     figures of the cache and of many overlays, each beside its goal'
 	@echo '  RUNNING_KERNEL=1     with demo or check, as root: here and now, no virtual machine'
 	@echo '  tests/vm/run COMMAND any command in such a machine; its first lines tell more'
@@ -87,6 +90,16 @@ $(ko): Kbuild $(wildcard kernel/*.[ch])
 	$(Q)ln -sf $(CURDIR)/kernel/*.[ch] $(@D)/kernel/
 	$(Q)flock $(@D) $(kmake) M=$(CURDIR)/$(@D) modules
 	$(Q)touch $@
+
+# What makes the requests of the benchmarks.
+bench_ko := $(B)/modules/$(release)/bench/dm-bio-bench.ko
+.PHONY: bench-module
+bench-module: need-headers $(bench_ko)
+$(bench_ko): $(addprefix tests/bench/, Kbuild dm-bio-bench.c)
+	$(call say,MODULE,$@)
+	$(Q)mkdir -p $(@D)
+	$(Q)ln -sf $(addprefix $(CURDIR)/, $^) $(@D)/
+	$(Q)$(kmake) M=$(CURDIR)/$(@D) modules
 
 #
 # The tool, and the helpers of the tests
@@ -188,10 +201,13 @@ check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev 
 # to build kernels
 debug_packages := flex bison bc
 
-.PHONY: deps demo-deps debug-deps
-deps debug-deps: packages += $(check_packages)
-debug-deps: packages += $(debug_packages)
-deps demo-deps debug-deps:
+bench_packages := python3-matplotlib
+
+.PHONY: deps demo-deps debug-deps bench-deps
+deps debug-deps bench-deps: packages += $(check_packages)
+debug-deps bench-deps: packages += $(debug_packages)
+bench-deps: packages += $(bench_packages)
+deps demo-deps debug-deps bench-deps:
 	$(Q)missing=; for package in $(packages); do \
 		[ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || \
 			missing="$$missing $$package"; \
@@ -207,7 +223,7 @@ deps demo-deps debug-deps:
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
 		-o DPkg::Lock::Timeout=600 $$missing
 
-.PHONY: demo check check-kernels check-debug fuzz bench-cache
+.PHONY: demo check check-kernels check-debug fuzz bench bench-quick bench-cache
 demo: demo-deps
 	$(Q)demo/run
 # They take long in emulation, and the kernel's part in them is small: once will do.
@@ -227,8 +243,11 @@ fuzz: debug-deps
 	$(Q)tests/vm/run -k smp -t $$(($(FUZZ_SECONDS) * 2 + 600)) \
 		env V=1 FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) tests/fuzz.sh
 
-bench-cache: debug-deps
+bench bench-quick bench-cache: bench-deps
+bench:
 	$(Q)tests/bench/run
+bench-quick bench-cache: bench-%:
+	$(Q)tests/bench/run $*
 
 .PHONY: clean distclean
 clean:
