@@ -234,7 +234,7 @@ filesystem()
 	sync -f "$work/mnt"
 	[ $(($(field test-cow used) * 4)) -gt "$memory" ] ||
 		fail 'the overlay was not bigger than the memory'
-	between 'pages swapped out' $(($(vmstat pswpout) - out)) 16384 10000000
+	between 'pages swapped out' $(($(vmstat pswpout) - out)) 4096 10000000
 	echo 1 >/proc/sys/vm/drop_caches
 	seq "${numbers[@]}" | cmp - "$work/mnt/numbers"
 	umount "$work/mnt"
