@@ -7,7 +7,7 @@
  * operations of its own: direct I/O (vectors, odd alignments, with and without
  * RWF_NOWAIT), io_uring, buffered I/O, discards, zeroing, flushes; and from one
  * more thread suspend, resume, reset, limits, and tables with another limit,
- * another base or another size.
+ * another base or another size. There may be views, which any thread reads.
  *
  * Buffered I/O has a part of the device for itself, and a model of its own,
  * with the values that the page cache should have.
@@ -34,7 +34,7 @@ static const uint64_t sizes[] = { MIB(64) + KIB(384) + 5, MIB(96), LARGEST };
 
 const char *const features[FEATURES] = {
 	"buffered", "control", "limits", "nowait", "uring", "big", "zeroes", "vm",
-	"cache",
+	"cache", "views",
 };
 
 struct round cfg;
@@ -44,9 +44,11 @@ time_t deadline;
 volatile bool stopping;
 bool quiet, broken;
 static uint32_t next_tag;
+char device[64];		/* its path */
 static int fd = -1;		/* the device, O_DIRECT */
 static int cached_fd = -1;	/* the same without */
 static char total_limit[64];	/* before */
+static uint64_t longest;	/* sectors that a table of the device had so far */
 
 /*
  * Buffered I/O: read-locked by who does it, write-locked by who changes the
@@ -255,6 +257,8 @@ bool run_sync(struct op *op, struct rng *rng)
 	ssize_t ret;
 
 	prepare(op, rng);
+	if (op->kind == LOOK)
+		return view_look(op);
 	op_begin(op);
 	switch (op->kind) {
 	case READ:
@@ -333,6 +337,9 @@ struct op random_op(struct rng *rng, unsigned int thread)
 		op.kind = FLUSH;
 	if (op.kind > WRITE && !with(ZEROES))
 		op.kind = dice % 2 ? READ : WRITE;
+	if (cfg.views && percent(rng, 8))
+		op.kind = LOOK;
+	op.view = below(rng, VIEWS);
 	if (percent(rng, 30))
 		len = SECTORS_PER_BLOCK * (1 + below(rng, max / SECTORS_PER_BLOCK));
 	else if (percent(rng, 50))
@@ -355,7 +362,7 @@ struct op random_op(struct rng *rng, unsigned int thread)
 	if (cfg.nowait && op.kind <= WRITE && percent(rng, 30))
 		op.flags |= NOWAIT;
 	if (opt.threads > 1 && with(URINGS) && percent(rng, 50) &&
-	    op.kind != DISCARD && op.kind != ZEROOUT)
+	    op.kind != DISCARD && op.kind != ZEROOUT && op.kind != LOOK)
 		op.flags |= URING;
 	op.tag = new_tag();
 	return op;
@@ -749,7 +756,7 @@ static void clear_device(void)
  * Resumes, with the table that was loaded last. The core writes back what is
  * cached before it exchanges tables, and stops where something was lost.
  */
-static void resume(const char *what)
+void resume(const char *what)
 {
 	int ret = dm_resume(NAME);
 
@@ -785,7 +792,8 @@ static void run_whole(struct op *op)
 	}
 }
 
-static void run_reload(const struct op *op)
+/* Returns: 0, or -EBUSY when a view kept the device from becoming longer. */
+static int run_reload(const struct op *op)
 {
 	uint64_t sectors = op->sectors > cfg.sectors || op->abandon ? op->sectors : cfg.sectors;
 	struct dm_call call = { 0 };
@@ -793,13 +801,21 @@ static void run_reload(const struct op *op)
 	int ret;
 
 	table_params(params, sizeof(params), op->base, op->limit);
+	if (views_exist() && (sectors - 1) / SECTORS_PER_BLOCK > (longest - 1) / SECTORS_PER_BLOCK) {
+		ret = dm_load(NAME, sectors, "nbdcow", params);
+		if (ret != -EBUSY)
+			wrong("a longer table beside a view: %s", strerror(-ret));
+		return ret;
+	}
+	if (sectors > longest)
+		longest = sectors;
 	if (op->abandon) {
 		/* a table that is too short for the changes is refused */
 		ret = dm_load(NAME, sectors, "nbdcow", params);
 		if (ret != -EINVAL || sectors >= cfg.sectors)
 			check(ret, "loading a table");
 		check(dm_call(DM_TABLE_CLEAR, NAME, 0, &call), "clearing a table");
-		return;
+		return 0;
 	}
 	if (op->suspended)
 		check(dm_suspend(NAME, DM_SKIP_LOCKFS_FLAG), "suspend");
@@ -809,6 +825,7 @@ static void run_reload(const struct op *op)
 	resume("taking a new table");
 	limit_set();
 	__atomic_store_n(&cfg.sectors, sectors, __ATOMIC_RELEASE);
+	return 0;
 }
 
 static void run_limit(const struct op *op)
@@ -817,6 +834,8 @@ static void run_limit(const struct op *op)
 
 	set_limit(op->total ? &cfg.total_limit : &cfg.limit, op->limit);
 	if (op->total) {
+		if (op->limit)
+			views_may_fail();
 		if (op->limit)
 			snprintf(text, sizeof(text), "%ldK", op->limit * 4);
 		else
@@ -834,7 +853,7 @@ static void run_limit(const struct op *op)
 
 void run_control(struct op *op, struct rng *rng)
 {
-	int ret;
+	int ret = 0;
 
 	if (whole_device(op)) {
 		run_whole(op);
@@ -850,6 +869,7 @@ void run_control(struct op *op, struct rng *rng)
 		ret = dm_message(NAME, cache_messages[op->message]);
 		if (ret != -EBUSY)
 			check(ret, cache_messages[op->message]);
+		ret = 0;
 		break;
 	case SUSPEND:
 		if (dm_suspend(NAME, op->suspend_flags))
@@ -857,10 +877,16 @@ void run_control(struct op *op, struct rng *rng)
 		nap(rng, 3000);
 		resume("resume");
 		break;
+	case VIEW:
+		view_begin(op, rng);
+		break;
+	case UNVIEW:
+		view_end(op);
+		break;
 	default:
-		run_reload(op);
+		ret = run_reload(op);
 	}
-	op_end(op, 0, DONE);
+	op_end(op, ret, DONE);
 }
 
 /* With one base that does not know it, nobody may say RWF_NOWAIT. */
@@ -876,16 +902,22 @@ struct op random_control(struct rng *rng, unsigned int thread)
 
 	op.kind = dice < 20 ? RESET : dice < 35 ? LIMIT : dice < 45 ? SUSPEND :
 		  dice < 70 ? RELOAD : dice < 80 || !cfg.caches ? CLEAR_ALL : CACHE;
+	if (cfg.views && percent(rng, 40))
+		op.kind = percent(rng, 75) ? VIEW : UNVIEW;
+	op.view = below(rng, VIEWS);
 	op.message = below(rng, CACHE_MESSAGES);
 	op.limit = percent(rng, 50) || !cfg.limits ? 0 : 1 + below(rng, 300);
 	op.total = percent(rng, 30);
-	op.suspended = op.kind != CLEAR_ALL && op.kind != CACHE && percent(rng, 30);
+	op.suspended = op.kind != CLEAR_ALL && op.kind != CACHE && op.kind != UNVIEW &&
+		       percent(rng, 30);
 	op.suspend_flags = (percent(rng, 50) ? DM_SKIP_LOCKFS_FLAG : 0) |
 			   (percent(rng, 30) ? DM_NOFLUSH_FLAG : 0);
 	op.base = random_base(rng);
 	op.abandon = percent(rng, 20);
 	op.sectors = sizes[below(rng, percent(rng, 30) ? 3 : 1)];
-	if (op.abandon && percent(rng, 30))
+	if (op.kind == VIEW)
+		op.sectors = LARGEST;
+	if ((op.abandon || op.kind == VIEW) && percent(rng, 30))
 		op.sectors = 1 + below(rng, sizes[0]);
 	return op;
 }
@@ -928,17 +960,18 @@ static void *work_control(void *arg)
 static void open_device(void)
 {
 	struct dm_call call = { 0 };
-	char path[64], params[512];
+	char params[512];
 
 	check(dm_call(DM_DEV_CREATE, NAME, 0, &call), "creating the device");
-	snprintf(path, sizeof(path), "/dev/dm-%u", minor(call.head.dev));
+	snprintf(device, sizeof(device), "/dev/dm-%u", minor(call.head.dev));
 	table_params(params, sizeof(params), cfg.base, cfg.limit);
 	check(dm_load(NAME, cfg.sectors, "nbdcow", params), "loading the first table");
 	check(dm_resume(NAME), "taking the first table");
-	fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
-	cached_fd = open(path, O_RDWR | O_CLOEXEC);
+	longest = cfg.sectors;
+	fd = open(device, O_RDWR | O_DIRECT | O_CLOEXEC);
+	cached_fd = open(device, O_RDWR | O_CLOEXEC);
 	if (fd < 0 || cached_fd < 0)
-		die("%s: %s", path, strerror(errno));
+		die("%s: %s", device, strerror(errno));
 }
 
 static void remove_device(void)
@@ -963,6 +996,8 @@ bool verify(struct rng *rng)
 	char health[32];
 	uint64_t b;
 
+	if (!views_verify())
+		return false;
 	/* so that no read is told of a lost buffered write */
 	(void)!fsync(fd);
 	if (cfg.buffered)
@@ -1042,6 +1077,7 @@ void start_round(uint64_t seed, struct rng *rng)
 	cfg.caches = percent(rng, 60) && with(CACHES);
 	cfg.cow_on_read = cfg.caches && percent(rng, 70);
 	cfg.cache_limit = cfg.caches && percent(rng, 30) ? 1 + below(rng, 600) : 0;
+	cfg.views = percent(rng, 60) && with(VIEWED);
 	cfg.control = percent(rng, 70) && (with(CONTROL) || with(VM));
 	cfg.stripe = percent(rng, 25) && opt.threads > 1 ? stripes[below(rng, 4)] : 0;
 	cfg.ops = 100 + below(rng, 900);
@@ -1059,6 +1095,7 @@ void start_round(uint64_t seed, struct rng *rng)
 
 void end_round(void)
 {
+	views_remove();
 	remove_device();
 	write_file(TOTAL_LIMIT, total_limit);
 }
@@ -1139,7 +1176,8 @@ static void usage(void)
 	     "  --repeat       each of them with the seed itself\n"
 	     "  --threads N    default 4; with 1 a failure is certain to come again\n"
 	     "  --ops N        of each thread in a round, at most\n"
-	     "  --without LIST of buffered,control,limits,nowait,uring,big,zeroes,vm\n"
+	     "  --without LIST of buffered,control,limits,nowait,uring,big,zeroes,vm,\n"
+	     "                 cache,views\n"
 	     "  --tmpfs DIR    a directory on a tmpfs, where some rounds store their blocks\n"
 	     "  --cgroup DIR   whose memory is pushed to swap now and then");
 }
@@ -1263,6 +1301,7 @@ int main(int argc, char **argv)
 	if (mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
 		die("mlockall: %s", strerror(errno));
 	model_init();
+	views_init();
 	look_at_bases();
 	read_total_limit();
 	printf("# seed %" PRIu64 ", %u threads\n", opt.seed, opt.threads);

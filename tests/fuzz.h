@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * What the files of the fuzzer share: fuzz.c runs the rounds, fuzz_model.c knows
- * what may be read, fuzz_shrink.c makes failures simpler.
+ * what may be read, fuzz_view.c that of views, fuzz_shrink.c makes failures simpler.
  */
 #ifndef FUZZ_H
 #define FUZZ_H
@@ -28,6 +28,7 @@
 #define RING 8			/* io_uring requests of a thread */
 #define LARGEST MIB(129)	/* size that the device grows to */
 #define THREADS 16
+#define VIEWS 3			/* of the device at once */
 #define TOTAL_LIMIT "/sys/module/dm_nbdcow/parameters/total_limit"
 
 /* A part of the device that is used. */
@@ -42,14 +43,16 @@ struct window {
 extern const struct window windows[WINDOWS];
 
 enum kind {
-	READ, WRITE, DISCARD, ZEROOUT, PUNCH, ZERORANGE, FLUSH,
-	RESET, LIMIT, SUSPEND, RELOAD, CLEAR_ALL, CACHE,
+	READ, WRITE, DISCARD, ZEROOUT, PUNCH, ZERORANGE, FLUSH, LOOK,
+	RESET, LIMIT, SUSPEND, RELOAD, CLEAR_ALL, CACHE, VIEW, UNVIEW,
 };
 
 enum { NOWAIT = 1, URING = 2, VECTOR = 4, DSYNC = 8 };
 
 /* What a round may do without. */
-enum { BUFFERED_IO, CONTROL, LIMITS, NOWAITS, URINGS, BIG, ZEROES, VM, CACHES, FEATURES };
+enum {
+	BUFFERED_IO, CONTROL, LIMITS, NOWAITS, URINGS, BIG, ZEROES, VM, CACHES, VIEWED, FEATURES
+};
 extern const char *const features[FEATURES];
 
 struct op {
@@ -62,11 +65,12 @@ struct op {
 	unsigned int shift;	/* bytes by which the memory is misaligned */
 	long limit;		/* blocks, 0 for none: LIMIT and RELOAD */
 	unsigned int message;	/* which one: CACHE */
+	unsigned int view;	/* which one: LOOK, VIEW and UNVIEW */
 	bool total;		/* of all overlays: LIMIT */
-	bool suspended;		/* done while the device is: RESET and RELOAD */
+	bool suspended;		/* done while the device is: RESET, RELOAD and VIEW */
 	unsigned int suspend_flags; /* SUSPEND */
-	unsigned int base;	/* which one: RELOAD */
-	uint64_t sectors;	/* of the new table, if that is longer: RELOAD */
+	unsigned int base;	/* which one: RELOAD and VIEW */
+	uint64_t sectors;	/* of the new table, if longer: RELOAD; if shorter: VIEW */
 	bool abandon;		/* cleared instead of taken: RELOAD */
 	bool tail;		/* a discard that ends with the device within a block */
 	uint64_t start, end;	/* on the model's clock; end 0: not ended */
@@ -100,6 +104,7 @@ extern struct round {
 	bool nowait;
 	bool big;		/* operations of up to LONGEST sectors */
 	bool caches;		/* something is done to the cache of the base */
+	bool views;		/* there are some */
 	bool cow_on_read;	/* features of the tables */
 	unsigned int cache_limit;
 	unsigned int stripe;	/* sectors in turn for each thread; 0: all for all */
@@ -123,7 +128,14 @@ extern struct options {
 	unsigned int nr_nowait;	/* so many of them, the first ones, know REQ_NOWAIT */
 } opt;
 
+/* What a sector may have held: a write, from its start until it was overwritten. */
+struct possible {
+	uint64_t start, gone;
+	uint32_t tag;
+};
+
 /* fuzz.c */
+extern char device[64];
 extern uint64_t base_sectors;
 extern time_t deadline;		/* when to end */
 extern volatile bool stopping;
@@ -133,6 +145,7 @@ uint64_t next_random(struct rng *rng);
 uint64_t below(struct rng *rng, uint64_t n);
 bool percent(struct rng *rng, unsigned int n);
 void reap_own(void);
+void resume(const char *what);
 void run_control(struct op *op, struct rng *rng);
 bool run_sync(struct op *op, struct rng *rng);
 struct op random_op(struct rng *rng, unsigned int thread);
@@ -152,8 +165,10 @@ extern const char *const kind_names[];
 extern uint64_t limited_until;	/* no write may fail for space that begins later */
 extern uint64_t total_ops, nowait_ops, nowait_again;
 extern uint64_t wrong_sector;
+extern int wrong_view;
 void print_op(const struct op *op);
 void print_under_way(void);
+void print_history(uint64_t sector);
 uint32_t initial_tag(uint64_t sector);
 void model_init(void);
 void model_reset(void);
@@ -161,10 +176,23 @@ void model_lock(void);
 void model_unlock(void);
 uint64_t model_tick(void);
 uint32_t model_tag(uint64_t sector);
+unsigned int model_possible(unsigned int index, uint64_t start, struct possible *to);
 void model_count(unsigned int *least, unsigned int *most);
 bool whole_device(const struct op *op);
 void op_begin(struct op *op);
 bool op_end(struct op *op, int result, enum outcome outcome);
+
+/* fuzz_view.c */
+void views_init(void);
+bool views_exist(void);
+void views_may_fail(void);
+bool views_verify(void);
+void views_remove(void);
+bool view_look(struct op *op);
+void view_begin(const struct op *op, struct rng *rng);
+void view_end(const struct op *op);
+uint32_t view_tag(uint64_t sector);
+void view_params(char *params, size_t size, const struct op *op);
 
 /* fuzz_shrink.c */
 void simplify(void);

@@ -53,14 +53,15 @@ uint64_t limited_until;
 uint64_t total_ops;
 uint64_t nowait_ops, nowait_again; /* with RWF_NOWAIT; of them ended with EAGAIN */
 uint64_t wrong_sector;		/* by a read, or UINT64_MAX */
+int wrong_view;			/* in which view, or -1 */
 
 /*
  * Telling
  */
 
 const char *const kind_names[] = {
-	"check", "write", "discard", "zeroout", "punch", "zerorange", "flush",
-	"reset", "limit", "suspend", "reload", "clear-all", "cache",
+	"check", "write", "discard", "zeroout", "punch", "zerorange", "flush", "look",
+	"reset", "limit", "suspend", "reload", "clear-all", "cache", "view", "unview",
 };
 
 /* Messages about the cache of the base, none of which changes what can be read. */
@@ -84,6 +85,16 @@ void print_op(const struct op *op)
 		break;
 	case CACHE:
 		printf(" %s", cache_messages[op->message]);
+		break;
+	case UNVIEW:
+		printf(" %u", op->view);
+		break;
+	case VIEW:
+		printf(" %u: base %u, %" PRIu64 "s%s", op->view, op->base, op->sectors,
+		       op->suspended ? ", suspended" : "");
+		break;
+	case LOOK:
+		printf(" %u: %" PRIu64 "s %" PRIu64 "s", op->view, op->sector, op->count);
 		break;
 	case RELOAD:
 		printf(" base %u, limit %ld, %" PRIu64 "s%s", op->base, op->limit, op->sectors,
@@ -129,6 +140,7 @@ void model_reset(void)
 	memset(active, 0, sizeof(active));
 	nr_history = 0;
 	wrong_sector = UINT64_MAX;
+	wrong_view = -1;
 	for (i = 0; i < BUFFERED; i++) {
 		for (s = 0; s < windows[i].sectors; s++) {
 			struct sector *sector = &model[windows[i].index + s];
@@ -282,6 +294,31 @@ static void sector_end(struct sector *sector, const struct op *op, enum outcome 
 		sector->writes[own].end = now;
 }
 
+/* What was done to the sector's block, and to all of the device. */
+void print_history(uint64_t sector)
+{
+	uint64_t block = sector / SECTORS_PER_BLOCK;
+	unsigned int i;
+
+	printf("# operations on this block, with their start and end, before %" PRIu64 ":\n",
+	       now);
+	for (i = nr_history < HISTORY ? 0 : nr_history - HISTORY; i < nr_history; i++) {
+		const struct op *old = &history[i % HISTORY];
+
+		if (old->kind < RESET && (old->sector / SECTORS_PER_BLOCK > block ||
+		    (old->sector + old->count - 1) / SECTORS_PER_BLOCK < block))
+			continue;
+		if (old->kind == FLUSH)
+			continue;
+		printf("#   %" PRIu64 "-%" PRIu64 " thread %u: ", old->start, old->end,
+		       old->thread);
+		print_op(old);
+		if (old->result < 0)
+			printf(": %s", strerror(-old->result));
+		printf("\n");
+	}
+}
+
 static void print_sector(const struct sector *sector, const struct op *op, const char *buf,
 			 uint64_t number)
 {
@@ -297,24 +334,8 @@ static void print_sector(const struct sector *sector, const struct op *op, const
 			       sector->writes[i].end > op->start ? "*" : "");
 	printf(" (*: written meanwhile)\n# but has ");
 	stamp_print(stdout, buf, number);
-	printf("\n# operations on this block, with their start and end, before %" PRIu64 ":\n",
-	       now);
-	for (i = nr_history < HISTORY ? 0 : nr_history - HISTORY; i < nr_history; i++) {
-		const struct op *old = &history[i % HISTORY];
-		uint64_t block = number / SECTORS_PER_BLOCK;
-
-		if (old->kind < FLUSH && (old->sector / SECTORS_PER_BLOCK > block ||
-		    (old->sector + old->count - 1) / SECTORS_PER_BLOCK < block))
-			continue;
-		if (old->kind == FLUSH)
-			continue;
-		printf("#   %" PRIu64 "-%" PRIu64 " thread %u: ", old->start, old->end,
-		       old->thread);
-		print_op(old);
-		if (old->result < 0)
-			printf(": %s", strerror(-old->result));
-		printf("\n");
-	}
+	printf("\n");
+	print_history(number);
 }
 
 /* Is each word of the sector from a write that the read may have seen? */
@@ -447,6 +468,24 @@ uint32_t model_tag(uint64_t sector)
 		}
 	}
 	return found == 1 ? tag : STAMP_UNKNOWN;
+}
+
+/* What a read from @start to now may see of a sector, in @to if that is not NULL. Locked. */
+unsigned int model_possible(unsigned int index, uint64_t start, struct possible *to)
+{
+	const struct sector *sector = &model[index];
+	unsigned int i, n = 0;
+
+	for (i = 0; i < sector->n; i++) {
+		const struct write *write = &sector->writes[i];
+
+		if (write->gone <= start)
+			continue;
+		if (to)
+			to[n] = (struct possible){ write->start, write->gone, write->tag };
+		n++;
+	}
+	return n;
 }
 
 /* How many blocks are stored: those with data of a write, or at most those written to. */

@@ -116,10 +116,13 @@ static char letter(const struct op *ops, unsigned int n, uint32_t tag)
 	return tag == TAG_BASE ? '.' : tag == TAG_ZERO ? '0' : '?';
 }
 
-static void print_control(const struct op *op, uint64_t *sectors)
+/* @sectors: size of the device; @views: a bit for each that there is */
+static void print_control(const struct op *op, uint64_t *sectors, unsigned int *views)
 {
 	char params[512];
 
+	if (op->kind == RELOAD && op->result == -EBUSY)
+		return;
 	if (op->suspended || op->kind == SUSPEND)
 		printf(" 'suspend " NAME "'");
 	switch (op->kind) {
@@ -149,6 +152,18 @@ static void print_control(const struct op *op, uint64_t *sectors)
 	case CACHE:
 		printf(" 'message " NAME " %s'", cache_messages[op->message]);
 		break;
+	case VIEW:
+		snprintf(params, sizeof(params), "/dev/mapper/" NAME " %s", opt.bases[op->base]);
+		printf(" '%s " NAME "-view%u %" PRIu64 " nbdcow-view %s'",
+		       *views & 1U << op->view ? "reload" : "create", op->view,
+		       op->sectors < *sectors ? op->sectors : *sectors, params);
+		*views |= 1U << op->view;
+		break;
+	case UNVIEW:
+		if (*views & 1U << op->view)
+			printf(" 'remove " NAME "-view%u'", op->view);
+		*views &= ~(1U << op->view);
+		break;
 	default:
 		break;
 	}
@@ -166,16 +181,18 @@ static void print_expected(const struct op *ops, unsigned int n)
 		printf(" && dmsetup status " NAME "\n");
 		return;
 	}
+	if (wrong_view >= 0)
+		printf(" 'open " NAME "-view%d'", wrong_view);
 	printf(" 'is %" PRIu64 "s ", at);
 	for (s = 0; s < SECTORS_PER_BLOCK && at + s < cfg.sectors; s++)
-		putchar(letter(ops, n, model_tag(at + s)));
+		putchar(letter(ops, n, wrong_view >= 0 ? view_tag(at + s) : model_tag(at + s)));
 	printf("'\n");
 }
 
 static void print_stream(const struct op *ops, unsigned int n, uint64_t sectors)
 {
+	unsigned int i, views = 0;
 	char params[512];
-	unsigned int i;
 
 	table_params(params, sizeof(params), cfg.base, cfg.limit);
 	printf("# %u operations are enough:\n", n);
@@ -190,11 +207,17 @@ static void print_stream(const struct op *ops, unsigned int n, uint64_t sectors)
 		const struct op *op = &ops[i];
 
 		if (op->kind >= RESET) {
-			print_control(op, &sectors);
+			print_control(op, &sectors, &views);
 			continue;
 		}
 		if (op->sector + op->count > sectors)
 			continue;
+		if (op->kind == LOOK) {
+			if (views & 1U << op->view)
+				printf(" 'open " NAME "-view%u' 'check %" PRIu64 "s %" PRIu64
+				       "s ?' 'open -'", op->view, op->sector, op->count);
+			continue;
+		}
 		printf(" '%s%s%s", op->result == -ENOSPC ? "fails ENOSPC " :
 				   op->result == -EAGAIN ? "fails EAGAIN " : "",
 		       op->flags & NOWAIT ? "nowait " : "",
