@@ -144,6 +144,50 @@ viewed()
 	is 'the view' "$(dmsetup status test-view)" "0 65536 nbdcow-view ok $((256 + 1 + 1024))"
 }
 
+# all_out KIB: so much is swapped out, and none of that is in memory still
+all_out()
+{
+	push_out "$1" "$1" && grep -qx 'swapcached 0' $SWAPPED/memory.stat
+}
+
+# readers_wait N: so many reads of a view wait for a page
+readers_wait()
+{
+	[ "$(cat /proc/[0-9]*/stack 2>/dev/null | grep -c nbdcow_view_read)" = "$1" ]
+}
+
+# Readers of a view saw that a block is not kept yet, and wait for it to come back from
+# swap behind a write, which keeps it first and then changes it.
+kept_meanwhile()
+{
+	local -a swap=(test-swap 65536) writes=() reads=()
+	local i job
+
+	need_module dm-delay
+	make_swapped 32768
+	cat /proc/sys/vm/page-cluster >"$work/cluster"
+	undo cp "$work/cluster" /proc/sys/vm/page-cluster
+	echo 0 >/proc/sys/vm/page-cluster
+	# those of 2 MiB would wait for each other
+	for ((i = 0; i < 32; i += 2)); do
+		io $COW "write ${i}M 4k A"
+		writes+=("submit write ${i}M 512 B")
+		reads+=("bg check ${i}M 4k A")
+	done
+	dmsetup create test-view --readonly --table "0 65536 nbdcow-view $COW /dev/ram0"
+	undo dmsetup remove --retry test-view
+	wait_until 20 all_out 64
+	undo dmsetup resume test-swap
+	io $COW "load ${swap[*]} delay /dev/mapper/test-ram1 0 600000" 'resume test-swap' \
+		"load ${swap[*]} linear /dev/mapper/test-ram1 0" "${writes[@]}" \
+		'held test-swap 16' 'open test-view' "${reads[@]}" join reap &
+	job=$!
+	wait_until 20 readers_wait 16
+	dmsetup resume test-swap
+	wait $job
+	io $COW 'is 0 BAAAAAAA' 'is 30M BAAAAAAA'
+}
+
 # Reclaim takes from the cache and from the overlay all the while.
 cached()
 {
@@ -259,5 +303,6 @@ run_tests \
 	swapped_out 'blocks that are swapped out are read, rewritten and discarded' \
 	cached 'a cache and an overlay that lose memory all the time' \
 	viewed 'a view of an overlay that is swapped out' \
+	kept_meanwhile 'a block that is kept while a view reads it' \
 	full_swap 'no swap left: errors for new blocks' \
 	filesystem 'a file system on an overlay bigger than the memory'
