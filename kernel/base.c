@@ -562,8 +562,8 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 	fetch = fetch_create(t, block, end - block,
 			     nbdcow_gfp(nowait ? NBDCOW_NOWAIT : NBDCOW_MAP),
 			     true);
-	if (!fetch)
-		return -ENOENT;
+	if (!fetch)	/* no room, or somebody else was faster */
+		return xa_load(&base->blocks, block) ? -ESTALE : -ENOENT;
 	xa_lock(&base->blocks);
 	taken = nbdcow_accept_async(bio, min(sectors, fetch->nr *
 					     NBDCOW_BLOCK_SECTORS - skip));
