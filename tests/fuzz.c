@@ -801,7 +801,8 @@ static int run_reload(const struct op *op)
 	int ret;
 
 	table_params(params, sizeof(params), op->base, op->limit);
-	if (views_exist() && (sectors - 1) / SECTORS_PER_BLOCK > (longest - 1) / SECTORS_PER_BLOCK) {
+	if (views_exist() &&
+	    (sectors - 1) / SECTORS_PER_BLOCK > (longest - 1) / SECTORS_PER_BLOCK) {
 		ret = dm_load(NAME, sectors, "nbdcow", params);
 		if (ret != -EBUSY)
 			wrong("a longer table beside a view: %s", strerror(-ret));
@@ -915,8 +916,13 @@ struct op random_control(struct rng *rng, unsigned int thread)
 	op.base = random_base(rng);
 	op.abandon = percent(rng, 20);
 	op.sectors = sizes[below(rng, percent(rng, 30) ? 3 : 1)];
-	if (op.kind == VIEW)
+	if (op.kind == VIEW) {
 		op.sectors = LARGEST;
+		op.window = below(rng, BUFFERED);
+		op.count = cfg.hot < 128 ? cfg.hot : 128;
+		op.sector = windows[op.window].first +
+			    (windows[op.window].sectors - cfg.hot) / 2 / 8 * 8;
+	}
 	if ((op.abandon || op.kind == VIEW) && percent(rng, 30))
 		op.sectors = 1 + below(rng, sizes[0]);
 	return op;

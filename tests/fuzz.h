@@ -176,7 +176,8 @@ void model_lock(void);
 void model_unlock(void);
 uint64_t model_tick(void);
 uint32_t model_tag(uint64_t sector);
-unsigned int model_possible(unsigned int index, uint64_t start, struct possible *to);
+unsigned int model_possible(unsigned int index, uint64_t start, uint64_t end,
+			    struct possible *to);
 void model_count(unsigned int *least, unsigned int *most);
 bool whole_device(const struct op *op);
 void op_begin(struct op *op);

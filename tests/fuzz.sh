@@ -31,9 +31,11 @@ fixture()
 # What a failing run leaves behind.
 remove_rest()
 {
-	if dmsetup info nbdcow-fuzz >/dev/null 2>&1; then
-		dmsetup remove --force --retry nbdcow-fuzz
-	fi
+	local name
+
+	for name in nbdcow-fuzz-view{0,1,2} nbdcow-fuzz; do
+		! dmsetup info "$name" >/dev/null 2>&1 || dmsetup remove --force --retry "$name"
+	done
 	echo "$1" >$MODULE/parameters/total_limit
 }
 

@@ -470,8 +470,12 @@ uint32_t model_tag(uint64_t sector)
 	return found == 1 ? tag : STAMP_UNKNOWN;
 }
 
-/* What a read from @start to now may see of a sector, in @to if that is not NULL. Locked. */
-unsigned int model_possible(unsigned int index, uint64_t start, struct possible *to)
+/*
+ * What a read from @start to @end, which are not long ago, may see of a sector; in @to if
+ * that is not NULL. Locked.
+ */
+unsigned int model_possible(unsigned int index, uint64_t start, uint64_t end,
+			    struct possible *to)
 {
 	const struct sector *sector = &model[index];
 	unsigned int i, n = 0;
@@ -479,7 +483,7 @@ unsigned int model_possible(unsigned int index, uint64_t start, struct possible 
 	for (i = 0; i < sector->n; i++) {
 		const struct write *write = &sector->writes[i];
 
-		if (write->gone <= start)
+		if (write->gone <= start || write->start >= end)
 			continue;
 		if (to)
 			to[n] = (struct possible){ write->start, write->gone, write->tag };

@@ -143,24 +143,26 @@ static bool is_lost(struct view *view)
 	       !strncmp(call.table.params, "failed ", 7);
 }
 
-/* Reads a part of a window. Returns: whether all was right. */
-static bool view_read(struct view *view, unsigned int window, uint64_t at, uint64_t count)
+static char *get_buffer(uint64_t count)
+{
+	char *buf;
+
+	if (posix_memalign((void **)&buf, 4096, count * SECTOR))
+		die("out of memory");
+	return buf;
+}
+
+/* @ret: what a read of a part of a window returned. */
+static void judge_read(struct view *view, unsigned int window, uint64_t at, uint64_t count,
+		       const char *buf, ssize_t ret)
 {
 	const struct window *w = &windows[window];
 	const char *fault = NULL;
-	ssize_t ret, s;
-	char *buf;
+	ssize_t s;
 
-	if (at >= view->length)
-		return true;
-	if (count > view->length - at)
-		count = view->length - at;
-	if (posix_memalign((void **)&buf, 4096, count * SECTOR))
-		die("out of memory");
-	ret = pread(view->fd, buf, count * SECTOR, at * SECTOR);
 	if (ret < (ssize_t)(count * SECTOR) && !is_lost(view))
 		wrong("%s: read of %" PRIu64 "s at %" PRIu64 "s: %s", view->name, count, at,
-		      ret < 0 ? strerror(errno) : "too short");
+		      ret < 0 ? strerror(-ret) : "too short");
 	for (s = 0; s < ret / SECTOR && !fault; s++) {
 		struct sector *sector = &view->sectors[w->index + at + s - w->first];
 
@@ -173,6 +175,26 @@ static bool view_read(struct view *view, unsigned int window, uint64_t at, uint6
 			print_view(view, sector, buf + s * SECTOR, at + s, fault);
 		}
 	}
+}
+
+static ssize_t read_sectors(struct view *view, uint64_t at, uint64_t count, char *buf)
+{
+	ssize_t ret = pread(view->fd, buf, count * SECTOR, at * SECTOR);
+
+	return ret < 0 ? -errno : ret;
+}
+
+/* Reads a part of a window. Returns: whether all was right. */
+static bool view_read(struct view *view, unsigned int window, uint64_t at, uint64_t count)
+{
+	char *buf;
+
+	if (at >= view->length)
+		return true;
+	if (count > view->length - at)
+		count = view->length - at;
+	buf = get_buffer(count);
+	judge_read(view, window, at, count, buf, read_sectors(view, at, count, buf));
 	free(buf);
 	return !broken;
 }
@@ -270,18 +292,26 @@ void view_end(const struct op *op)
 		view_remove(&views[op->view]);
 }
 
-/* What the device may have held at some time from @start to now. */
-static void take_possible(struct view *view, uint64_t start)
+static uint64_t clock_now(void)
+{
+	uint64_t now;
+
+	model_lock();
+	now = model_tick();
+	model_unlock();
+	return now;
+}
+
+/* What the device may have held at some time between view->after and view->before. */
+static void take_possible(struct view *view)
 {
 	unsigned int i, total = 0;
 
 	free(view->possible);
 	memset(view->sectors, 0, sizeof(view->sectors));
 	model_lock();
-	view->after = start;
-	view->before = model_tick();
 	for (i = 0; i < MODEL; i++)
-		total += model_possible(i, start, NULL);
+		total += model_possible(i, view->after, view->before, NULL);
 	view->possible = malloc(total * sizeof(*view->possible));
 	if (!view->possible)
 		die("out of memory");
@@ -289,7 +319,8 @@ static void take_possible(struct view *view, uint64_t start)
 		struct sector *sector = &view->sectors[i];
 
 		sector->first = total;
-		sector->n = model_possible(i, start, view->possible + total);
+		sector->n = model_possible(i, view->after, view->before,
+					   view->possible + total);
 		total += sector->n;
 	}
 	model_unlock();
@@ -304,43 +335,51 @@ static void view_open(struct view *view)
 	snprintf(path, sizeof(path), "/dev/dm-%u", number);
 	view->fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	if (ret || view->fd < 0)
-		die("cannot open %s", view->name);
+		die("%s: %s", path, strerror(ret ? -ret : errno));
 }
 
 /*
  * Makes a view, or gives one that is there another table, which is another instant.
- * @rng: to decide whether it is read at once.
+ * What is used most is read at once, before anybody can know what it may be.
  */
 void view_begin(const struct op *op, struct rng *rng)
 {
+	uint64_t length = op->sectors < cfg.sectors ? op->sectors : cfg.sectors;
+	uint64_t at = op->sector, count = at < length ? length - at : 0;
 	struct view *view = &views[op->view];
-	uint64_t start, length = op->sectors < cfg.sectors ? op->sectors : cfg.sectors;
-	char params[512];
+	char params[512], *buf;
+	ssize_t got = 0;
 	int ret = 0;
 
-	if (!view_verify(view))
+	if (count > op->count)
+		count = op->count;
+	if (percent(rng, 50) && !view_verify(view))
 		return;
 	view_params(params, sizeof(params), op);
+	buf = get_buffer(op->count);
 	pthread_rwlock_wrlock(&view->lock);
 	if (view->fd < 0)
 		ret = dm_create(view->name);
 	ret = ret ?: dm_load_flags(view->name, length, "nbdcow-view", params, DM_READONLY_FLAG);
+	if (!ret && view->fd < 0)
+		view_open(view);
 	if (op->suspended)
 		ret = ret ?: dm_suspend(NAME, DM_SKIP_LOCKFS_FLAG);
-	model_lock();
-	start = model_tick();
-	model_unlock();
+	view->after = clock_now();
 	ret = ret ?: dm_resume(view->name);
+	view->before = clock_now();
 	if (ret)
 		die("making %s: %s", view->name, strerror(-ret));
-	take_possible(view, start);
+	if (count)
+		got = read_sectors(view, at, count, buf);
 	view->length = length;
 	view->may_fail = cfg.tmpfs || cfg.total_limit;
+	take_possible(view);
 	if (op->suspended)
 		resume("resume");
-	if (view->fd < 0)
-		view_open(view);
+	judge_read(view, op->window, at, count, buf, got);
 	pthread_rwlock_unlock(&view->lock);
+	free(buf);
 	if (percent(rng, 50))
 		view_verify(view);
 }

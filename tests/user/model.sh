@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# A rare meeting of requests would lose data: tests/model/overlay.pml, in every
+# A rare meeting of requests would lose data: the models in tests/model, in every
 # interleaving, and whether spin notices when a protection is missing.
 #
 # MODEL_LONG=1 adds runs of some minutes and gigabytes.
@@ -9,19 +9,19 @@
 # shellcheck source=tests/user/tap.sh
 . "$(dirname "$0")/tap.sh"
 
-model=$top/tests/model/overlay.pml
 tab=$'\t'
 
-# verify NAME OPTIMIZATION -DNAME=VALUE...: makes and runs a verifier in $out/NAME
+# verify NAME OPTIMIZATION -DNAME=VALUE...: makes and runs a verifier of $model in
+# $out/$model-NAME
 verify()
 {
-	local dir=$out/$1 optimization=$2
+	local dir=$out/$model-$1 optimization=$2
 
 	shift 2
 	rm -rf "$dir"
 	mkdir -p "$dir"
 	cd "$dir" || return
-	spin "$@" -a "$model" >log 2>&1 &&
+	spin "$@" -a "$top/tests/model/$model.pml" >log 2>&1 &&
 		"${CC:-gcc}" "$optimization" -w -DSAFETY -DCOLLAPSE -DMEMLIM=3800 -o pan pan.c \
 			>>log 2>&1 &&
 		./pan -m100000 -w24 >>log 2>&1
@@ -32,7 +32,7 @@ verify()
 numbers()
 {
 	sed -n 's/^ *\([0-9]*\) states, stored$/\1 states/p
-		s/^pan: elapsed time \(.*\) seconds$/\1 s/p' "$out/$1/log" | paste -sd ,
+		s/^pan: elapsed time \(.*\) seconds$/\1 s/p' "$out/$model-$1/log" | paste -sd ,
 }
 
 # holds NAME TITLE -DNAME=VALUE...: nothing is wrong, and nothing was left out
@@ -41,9 +41,9 @@ holds()
 	local name=$1 title=$2
 
 	shift 2
-	verify "$name" -O2 "$@" && grep -q 'errors: 0$' "$out/$name/log" &&
-		! grep -qE 'search not completed|max search depth' "$out/$name/log"
-	result $? "$title" "$out/$name/log"
+	verify "$name" -O2 "$@" && grep -q 'errors: 0$' "$out/$model-$name/log" &&
+		! grep -qE 'search not completed|max search depth' "$out/$model-$name/log"
+	result $? "$model: $title" "$out/$model-$name/log"
 	echo "# $(numbers "$name")"
 }
 
@@ -54,10 +54,16 @@ found()
 
 	shift
 	verify "$name" -O0 -DMUTANT="$name" "$@"
-	grep -q '^pan:1: assertion violated' "$out/$name/log" &&
-		grep -q 'errors: 1$' "$out/$name/log"
-	result $? "$name is noticed" "$out/$name/log"
+	grep -q '^pan:1: assertion violated' "$out/$model-$name/log" &&
+		grep -q 'errors: 1$' "$out/$model-$name/log"
+	result $? "$model: $name is noticed" "$out/$model-$name/log"
 	echo "# $(numbers "$name")"
+}
+
+# What the model can do without.
+mutants()
+{
+	sed -n "1,/^#ifndef MUTANT/s/^#define \([A-Z_]*\)[ $tab].*/\1/p" "$top/tests/model/$model.pml"
 }
 
 if ! command -v spin >/dev/null; then
@@ -65,6 +71,7 @@ if ! command -v spin >/dev/null; then
 	finish
 fi
 
+model=overlay
 three=(-DMEMORY=0)
 two=(-DOPS2=0)
 holds two 'two clients, and allocations that fail' "${two[@]}" -DFAIL=1
@@ -79,7 +86,7 @@ if [ -n "${MODEL_LONG:-}" ]; then
 	holds long2 'two operations each of two clients' "${two[@]}" -DMEMORY=0 -DOPS0=2 -DOPS1=2
 fi
 
-# Whatever the model can do without, with two clients unless it takes more.
+# With two clients unless it takes more.
 while read -r mutant; do
 	options=("${two[@]}")
 	case $mutant in
@@ -94,6 +101,25 @@ while read -r mutant; do
 		options=("${growth[@]}") ;;
 	esac
 	found "$mutant" "${options[@]}"
-done < <(sed -n "/^#define NO_SECOND_LOOK/,/^#ifndef MUTANT/s/^#define \([A-Z_]*\)[ $tab].*/\1/p" \
-	"$model")
+done < <(mutants)
+
+model=view
+holds view 'a view and two clients'
+holds view_kept 'a view that is not lost' -DFAIL=0
+[ -z "${MODEL_LONG:-}" ] || holds long3 'a view and three clients' -DCLIENTS=3
+while read -r mutant; do
+	found "$mutant"
+done < <(mutants)
+
+model=cache
+holds cache 'two clients'
+# what nobody disturbs
+quiet=(-DADDERS=0 -DERRORS=0 -DFAIL=0 -DDROPS=0 -DTABLES=1)
+holds once 'three clients that read the base once' "${quiet[@]}" -DCLIENTS=3
+[ -z "${MODEL_LONG:-}" ] || holds long4 'three clients' -DCLIENTS=3
+while read -r mutant; do
+	options=()
+	[ "$mutant" != NO_STALE ] || options=("${quiet[@]}")
+	found "$mutant" "${options[@]}"
+done < <(mutants)
 finish
