@@ -337,7 +337,7 @@ struct op random_op(struct rng *rng, unsigned int thread)
 		op.kind = FLUSH;
 	if (op.kind > WRITE && !with(ZEROES))
 		op.kind = dice % 2 ? READ : WRITE;
-	if (cfg.views && percent(rng, 8))
+	if (cfg.percent_views && percent(rng, 8))
 		op.kind = LOOK;
 	op.view = below(rng, VIEWS);
 	if (percent(rng, 30))
@@ -903,8 +903,8 @@ struct op random_control(struct rng *rng, unsigned int thread)
 
 	op.kind = dice < 20 ? RESET : dice < 35 ? LIMIT : dice < 45 ? SUSPEND :
 		  dice < 70 ? RELOAD : dice < 80 || !cfg.caches ? CLEAR_ALL : CACHE;
-	if (cfg.views && percent(rng, 40))
-		op.kind = percent(rng, 75) ? VIEW : UNVIEW;
+	if (percent(rng, cfg.percent_views))
+		op.kind = percent(rng, 80) ? VIEW : UNVIEW;
 	op.view = below(rng, VIEWS);
 	op.message = below(rng, CACHE_MESSAGES);
 	op.limit = percent(rng, 50) || !cfg.limits ? 0 : 1 + below(rng, 300);
@@ -954,7 +954,7 @@ static void *work_control(void *arg)
 			run_control(&op, &worker->rng);
 		if (with(VM))
 			stir_memory(&worker->rng);
-		nap(&worker->rng, 20000);
+		nap(&worker->rng, cfg.percent_views > 50 ? 500 : 20000);
 	}
 	return NULL;
 }
@@ -1083,7 +1083,7 @@ void start_round(uint64_t seed, struct rng *rng)
 	cfg.caches = percent(rng, 60) && with(CACHES);
 	cfg.cow_on_read = cfg.caches && percent(rng, 70);
 	cfg.cache_limit = cfg.caches && percent(rng, 30) ? 1 + below(rng, 600) : 0;
-	cfg.views = percent(rng, 60) && with(VIEWED);
+	cfg.percent_views = percent(rng, 60) && with(VIEWED) ? percent(rng, 50) ? 30 : 95 : 0;
 	cfg.control = percent(rng, 70) && (with(CONTROL) || with(VM));
 	cfg.stripe = percent(rng, 25) && opt.threads > 1 ? stripes[below(rng, 4)] : 0;
 	cfg.ops = 100 + below(rng, 900);

@@ -104,7 +104,7 @@ extern struct round {
 	bool nowait;
 	bool big;		/* operations of up to LONGEST sectors */
 	bool caches;		/* something is done to the cache of the base */
-	bool views;		/* there are some */
+	unsigned int percent_views; /* of what the control thread does; 0: there are none */
 	bool cow_on_read;	/* features of the tables */
 	unsigned int cache_limit;
 	unsigned int stripe;	/* sectors in turn for each thread; 0: all for all */
