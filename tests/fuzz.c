@@ -576,10 +576,10 @@ static void cached_read(uint64_t s, uint64_t count, char *buf)
 {
 	const struct window *w = &windows[BUFFERED];
 	ssize_t len = count * SECTOR;
-	bool again = false;
+	unsigned int tries;
 	uint64_t i;
 
-	for (;;) {
+	for (tries = 0;; tries++) {
 		if (pread(cached_fd, buf, len, (w->first + s) * SECTOR) != len)
 			die("buffered read at sector %" PRIu64 ": %s", w->first + s,
 			    strerror(errno));
@@ -588,14 +588,18 @@ static void cached_read(uint64_t s, uint64_t count, char *buf)
 				break;
 		if (i == count)
 			return;
-		/* a page that could not be written back may have been read again */
-		if (again || cached_sync()) {
+		/*
+		 * A page that could not be written back may have been read again, or have
+		 * been held when it was to be dropped.
+		 */
+		if (tries == 2 || (cached_sync() && !cfg.limits)) {
 			wrong("buffered: sector %" PRIu64 " should have tag %u but has %u",
 			      w->first + s + i, cached[s + i].tag,
 			      stamp_tag(buf + i * SECTOR, w->first + s + i));
 			return;
 		}
-		again = true;
+		if (ioctl(cached_fd, BLKFLSBUF))
+			die("BLKFLSBUF: %s", strerror(errno));
 	}
 }
 
