@@ -58,6 +58,10 @@
 #define DISCARD	1
 #define RESET	2
 
+#ifndef LAST_KIND
+#define LAST_KIND RESET		/* none that follows */
+#endif
+
 /* Content of half a block; a write stores WRITTEN + its number. */
 #define FREED	0
 #define BASE_BYTES 1
@@ -424,7 +428,7 @@ init
 			/* clients are alike: in one order only */
 			kind[op] = (op > 1 -> kind[op - 1] : WRITE);
 			do
-			:: kind[op] < RESET -> kind[op]++
+			:: kind[op] < LAST_KIND -> kind[op]++
 			:: break
 			od;
 			run client(op);

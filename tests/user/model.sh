@@ -106,7 +106,8 @@ done < <(mutants)
 model=view
 holds view 'a view and two clients'
 holds view_kept 'a view that is not lost' -DFAIL=0
-[ -z "${MODEL_LONG:-}" ] || holds long3 'a view and three clients' -DCLIENTS=3
+[ -z "${MODEL_LONG:-}" ] ||
+	holds long3 'a view and three writers' -DCLIENTS=3 -DFAIL=0 -DLAST_KIND=WRITE
 while read -r mutant; do
 	found "$mutant"
 done < <(mutants)
@@ -116,7 +117,8 @@ holds cache 'two clients'
 # what nobody disturbs
 quiet=(-DADDERS=0 -DERRORS=0 -DFAIL=0 -DDROPS=0 -DTABLES=1)
 holds once 'three clients that read the base once' "${quiet[@]}" -DCLIENTS=3
-[ -z "${MODEL_LONG:-}" ] || holds long4 'three clients' -DCLIENTS=3
+[ -z "${MODEL_LONG:-}" ] || holds long4 'three clients and a base that fails' -DCLIENTS=3 \
+	-DADDERS=0 -DFAIL=0 -DDROPS=0 -DTABLES=1
 while read -r mutant; do
 	options=()
 	[ "$mutant" != NO_STALE ] || options=("${quiet[@]}")
