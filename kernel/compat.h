@@ -53,6 +53,36 @@ nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
 #define filemap_get_folio	nbdcow_filemap_get_folio
 #endif
 
+/*
+ * A page of a file for a caller that overwrites it: locked, and if it is new,
+ * neither zeroed nor up to date. Of @bytes from its start on, larger pages may be
+ * made. 6.12: it is a folio; 6.17: a kiocb names the file.
+ */
+static inline struct page *
+nbdcow_write_begin(struct file *file, pgoff_t index, unsigned int bytes)
+{
+	struct address_space *mapping = file->f_mapping;
+	loff_t pos = (loff_t)index << PAGE_SHIFT;
+	void *fsdata;
+	int ret;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+	struct page *page;
+
+	ret = mapping->a_ops->write_begin(file, mapping, pos, bytes, &page, &fsdata);
+	return ret ? ERR_PTR(ret) : page;
+#else
+	struct folio *folio;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 17, 0)
+	ret = mapping->a_ops->write_begin(file, mapping, pos, bytes, &folio, &fsdata);
+#else
+	struct kiocb iocb = { .ki_filp = file };
+
+	ret = mapping->a_ops->write_begin(&iocb, mapping, pos, bytes, &folio, &fsdata);
+#endif
+	return ret ? ERR_PTR(ret) : folio_file_page(folio, index);
+#endif
+}
+
 /* 6.7: shrinkers are allocated. Returns one that works, or NULL. */
 static inline struct shrinker *
 nbdcow_shrinker_start(unsigned long (*count)(struct shrinker *shrinker,

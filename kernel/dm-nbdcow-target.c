@@ -76,7 +76,8 @@
  * ------------------
  * Under the shard lock for read and the installer lock: look at the state,
  * reserve the block in the limits, make sure its leaf exists, get the page, lock
- * it. Data first (whole block), page dirty second, state third (release), page
+ * it. A new page is not zeroed, so it is not up to date before all of the block is
+ * in it. Data first (whole block), page up to date and dirty second, state third (release), page
  * lock last, and only then is anybody told. An installer that finds the block
  * OVERLAY adds only its own bytes: its copy of the base is older than what the
  * other one stored. One that finds it ZERO, because a discard came between

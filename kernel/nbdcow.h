@@ -255,6 +255,9 @@ bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);
 gfp_t nbdcow_gfp(enum nbdcow_context context);
 struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 				     enum nbdcow_context context, bool stored);
+struct page *nbdcow_store_new(struct file *file, u64 block,
+			      enum nbdcow_context context);
+void nbdcow_store_filled(struct page *page, u64 block);
 void nbdcow_store_punch(struct file *file, u64 block, u64 count);
 void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
 		     unsigned int bytes);

@@ -445,13 +445,13 @@ static int save_block(struct nbdcow_view *view, u64 block,
 		ret = PTR_ERR(from);
 		goto bad;
 	}
-	to = nbdcow_store_get_locked(view->file, block, context, false);
+	to = nbdcow_store_new(view->file, block, context);
 	if (IS_ERR(to)) {
 		ret = PTR_ERR(to);
 		goto bad_from;
 	}
 	nbdcow_copy_block(to, from, block);
-	set_page_dirty(to);
+	nbdcow_store_filled(to, block);
 	atomic_long_inc(&view->nr_saved);
 	/* Before the block's page is unlocked: nobody may change it earlier. */
 	nbdcow_map_change(view->saved, block, 1, NBDCOW_OVERLAY);
@@ -541,7 +541,7 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 		nbdcow_fill_page(piece, page,
 				 state == NBDCOW_BASE ? piece->base : NULL);
 	nbdcow_copy_to_page(piece, page);
-	set_page_dirty(page);
+	nbdcow_store_filled(page, piece->block);
 	if (state != NBDCOW_OVERLAY)
 		nbdcow_map_change(layer->map, piece->block, 1, NBDCOW_OVERLAY);
 }
@@ -581,8 +581,8 @@ static struct page *get_new(struct nbdcow_overlay *ov,
 	if (nbdcow_map_prepare(layer->map, piece->block, gfp))
 		page = ERR_PTR(-ENOMEM);
 	else
-		page = nbdcow_store_get_locked(layer->file, piece->block,
-					       piece->context, false);
+		page = nbdcow_store_new(layer->file, piece->block,
+					piece->context);
 	set_active_memcg(old_memcg);
 	if (IS_ERR(page))
 		unreserve(layer, 1);

@@ -10,6 +10,7 @@
 #include <linux/mount.h>
 #include <linux/namei.h>
 #include <linux/sched/mm.h>
+#include <linux/sizes.h>
 
 #include "compat.h"
 #include "nbdcow.h"
@@ -26,6 +27,20 @@ static pgoff_t block_index(u64 block)
 static unsigned int block_offset(u64 block)
 {
 	return offset_in_page((unsigned long)block << NBDCOW_BLOCK_SHIFT);
+}
+
+/* tmpfs asks for new pages as nbdcow_store_new() would. */
+static struct file *set_up(struct file *file)
+{
+	struct address_space *mapping;
+
+	if (IS_ERR(file))
+		return file;
+	mapping = file->f_mapping;
+	mapping_set_gfp_mask(mapping, nbdcow_gfp(NBDCOW_NOWAIT) |
+				      (mapping_gfp_mask(mapping) &
+				       (__GFP_HIGHMEM | __GFP_MOVABLE)));
+	return file;
 }
 
 /**
@@ -47,7 +62,7 @@ struct file *nbdcow_store_create(const char *dir, char **error)
 					mk_vma_flags(VMA_NORESERVE_BIT));
 		if (IS_ERR(file))
 			*error = "Cannot create the overlay's file";
-		return file;
+		return set_up(file);
 	}
 
 	ret = kern_path(dir, LOOKUP_FOLLOW | LOOKUP_DIRECTORY, &path);
@@ -66,7 +81,7 @@ struct file *nbdcow_store_create(const char *dir, char **error)
 			*error = "tmpfs: cannot create the overlay's file there";
 	}
 	path_put(&path);
-	return file;
+	return set_up(file);
 }
 
 /**
@@ -78,9 +93,9 @@ struct file *nbdcow_store_create(const char *dir, char **error)
  */
 struct file *nbdcow_store_another(struct file *file)
 {
-	return shmem_file_setup_with_mnt(file->f_path.mnt, "dm-nbdcow",
-					 NBDCOW_STORE_BYTES,
-					 mk_vma_flags(VMA_NORESERVE_BIT));
+	return set_up(shmem_file_setup_with_mnt(file->f_path.mnt, "dm-nbdcow",
+						NBDCOW_STORE_BYTES,
+						mk_vma_flags(VMA_NORESERVE_BIT)));
 }
 
 /**
@@ -273,6 +288,58 @@ struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 		if (context == NBDCOW_NOWAIT)
 			return ERR_PTR(-EAGAIN);
 	}
+}
+
+/**
+ * nbdcow_store_new() - bring a page into being for a block that is not stored
+ * @file: the file
+ * @block: the block
+ * @context: what may be waited for
+ *
+ * All of the block is to be written, then nbdcow_store_filled() called: a page that
+ * is not zeroed before is had more cheaply, if memory is there for the asking.
+ *
+ * Context: as for nbdcow_store_get_locked().
+ * Return: likewise.
+ */
+struct page *nbdcow_store_new(struct file *file, u64 block,
+			      enum nbdcow_context context)
+{
+	pgoff_t index = block_index(block);
+	unsigned int noio;
+	struct page *page;
+
+	/* Something there, in memory or on swap, could mean waiting. */
+	if (likely(!xa_load(&file->f_mapping->i_pages, index))) {
+		noio = memalloc_noio_save();
+		page = nbdcow_write_begin(file, index, SZ_2M);
+		memalloc_noio_restore(noio);
+		if (page != ERR_PTR(-ENOMEM) || context == NBDCOW_NOWAIT)
+			return page;
+	}
+	return nbdcow_store_get_locked(file, block, context, false);
+}
+
+/**
+ * nbdcow_store_filled() - all of a block is in its page
+ * @page: what nbdcow_store_new() returned
+ * @block: the block
+ *
+ * Context: any; under the page lock.
+ */
+void nbdcow_store_filled(struct page *page, u64 block)
+{
+	struct folio *folio = page_folio(page);
+	size_t start;
+
+	if (!folio_test_uptodate(folio)) {
+		start = (folio_page_idx(folio, page) << PAGE_SHIFT) +
+			block_offset(block);
+		folio_zero_segments(folio, 0, start, start + NBDCOW_BLOCK_BYTES,
+				    folio_size(folio));
+		folio_mark_uptodate(folio);
+	}
+	folio_mark_dirty(folio);
 }
 
 /**
