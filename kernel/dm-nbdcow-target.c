@@ -32,8 +32,10 @@
  * serves blocks from RAM one after the other and completes the bio; where a
  * run in state BASE begins, it accepts what it has done and gets the rest in
  * another bio. It never waits for I/O of its own: the block layer only queues
- * what is submitted in map(), so that would be waiting for oneself. Three things
+ * what is submitted in map(), so that would be waiting for oneself. Four things
  * go on outside of map():
+ *  - a read of the base may span a few blocks that are elsewhere, since that costs
+ *    less than a request for each part; when it has ended, a work adds them;
  *  - a partial write of a BASE block needs the base's content: rmw.c reads it
  *    and installs the block from a work, unless the cache has it;
  *  - a block that is swapped out, and a write that found no memory, go to a
@@ -111,6 +113,16 @@
  * read is under way join it; the descriptor leaves the hash before the install
  * looks at the state, so that nobody joins too late.
  *
+ * Reads that span blocks in several states
+ * ----------------------------------------
+ * What the base has in those blocks is in the bio's pages when its read ends, and
+ * states may have changed meanwhile. So they are looked at only then: BASE keeps
+ * what was read, which is right however often the block changed before, as the base
+ * does not; all else is read as in map(). If the base fails, what it was asked for
+ * in vain must not matter: each run of blocks in state BASE is read by itself then,
+ * one after the other, and only that decides. A run found in state BASE that was not
+ * read, because a reset came after the failure, is read then, too.
+ *
  * Views
  * -----
  * A view (view.c) shows the overlay as it was at one instant, while the device
@@ -160,6 +172,9 @@
 /* Discards and zeroing may be as long as a bio can say. */
 #define NBDCOW_MAX_ZERO_SECTORS \
 	round_down(UINT_MAX >> SECTOR_SHIFT, NBDCOW_BLOCK_SECTORS)
+
+/* To read so much of the base in vain costs no more than another request. */
+#define NBDCOW_SPAN_SECTORS	(4 * NBDCOW_BLOCK_SECTORS)
 
 /* How long failed reads of the base wait before one tries again. */
 #define NBDCOW_RETRY_PAUSE	HZ
@@ -328,16 +343,24 @@ static void count_read(unsigned long __percpu *from, unsigned int sectors)
 	this_cpu_add(*from, sectors);
 }
 
+/* Keep what it takes to go on with a read when the base has done its part. */
+static struct nbdcow_io *remember(struct nbdcow_target *t, struct bio *bio)
+{
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+
+	io->t = t;
+	io->iter = bio->bi_iter;
+	io->flags = bio->bi_flags;
+	io->mixed = false;
+	io->spans = false;
+	bio->bi_private = io;
+	return io;
+}
+
 static void remap(struct nbdcow_target *t, struct bio *bio)
 {
-	if (unlikely(READ_ONCE(t->queue_errors))) {
-		struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
-
-		io->t = t;
-		io->iter = bio->bi_iter;
-		io->flags = bio->bi_flags;
-		bio->bi_private = io;	/* may be tried again */
-	}
+	if (unlikely(READ_ONCE(t->queue_errors)) && !bio->bi_private)
+		remember(t, bio);	/* may be tried again */
 	count_read(&t->overlay->stats->base, bio_sectors(bio));
 	bio_set_dev(bio, t->dev->bdev);
 	bio->bi_iter.bi_sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
@@ -420,8 +443,60 @@ static int map_uncached(struct nbdcow_target *t, struct bio *bio,
 	return -ENOENT;
 }
 
+/*
+ * How far to read the base in one go, when *@sectors from @sector on are in state
+ * BASE: on across short gaps, but no more in vain than is needed.
+ */
+static unsigned int span(struct nbdcow_target *t, sector_t sector,
+			 unsigned int sectors, unsigned int max)
+{
+	unsigned int spare = sectors, end = sectors, at = sectors, n;
+
+	max = min_t(sector_t, max, t->overlay->base_sectors - sector);
+	for (; at < max; at += n) {
+		if (state_at(t, sector + at, max - at, &n) == NBDCOW_BASE) {
+			spare += n;
+			end = at + n;
+			continue;
+		}
+		if (n > min(spare, NBDCOW_SPAN_SECTORS))
+			return end;
+		spare -= n;
+	}
+	return max;
+}
+
+/* Go on with a read outside of map(), the base has none of it yet. */
+static int defer_read(struct nbdcow_target *t, struct bio *bio)
+{
+	struct nbdcow_io *io = remember(t, bio);
+
+	io->mixed = true;
+	io->got = 0;
+	return nbdcow_defer(t, bio);
+}
+
+/* Have the base read @sectors, the first @sure of which are in state BASE. */
+static int map_base(struct nbdcow_target *t, struct bio *bio,
+		    unsigned int sectors, unsigned int sure)
+{
+	struct nbdcow_io *io;
+
+	if (!nbdcow_accept_async(bio, sectors))
+		return finish(bio, -EAGAIN);
+	if (sectors > sure) {
+		io = remember(t, bio);
+		io->mixed = true;
+		io->spans = true;
+		io->got = bio->bi_iter.bi_size;
+	}
+	remap(t, bio);
+	return DM_MAPIO_REMAPPED;
+}
+
 static int map_read(struct nbdcow_target *t, struct bio *bio)
 {
+	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 	unsigned int total = bio_sectors(bio), done = 0, n, cached;
 	struct bvec_iter iter = bio->bi_iter;
 	struct nbdcow_piece piece;
@@ -447,11 +522,9 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 					break;
 				if (ret != -ENOENT)
 					return ret;
+				return map_base(t, bio, n, n);
 			}
-			if (!nbdcow_accept_async(bio, n))
-				return finish(bio, -EAGAIN);
-			remap(t, bio);
-			return DM_MAPIO_REMAPPED;
+			return map_base(t, bio, span(t, sector, n, total), n);
 		case NBDCOW_ZERO:
 			nbdcow_zero_bio(bio, &iter, n << SECTOR_SHIFT);
 			done += n;
@@ -476,7 +549,7 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 				n = piece.bytes >> SECTOR_SHIFT;
 				if (!nbdcow_accept_async(bio, n))
 					return finish(bio, -EAGAIN);
-				return nbdcow_defer(t, bio);
+				return defer_read(t, bio);
 			}
 			if (ret)
 				return finish(bio, ret);
@@ -639,35 +712,79 @@ static int map_zero(struct nbdcow_target *t, struct bio *bio)
  * Outside of map()
  */
 
-/* A read within one block. */
+static void send_again(struct nbdcow_io *io, struct bio *bio,
+		       unsigned int bytes)
+{
+	bio->bi_status = BLK_STS_OK;
+	bio->bi_iter = io->iter;
+	bio->bi_iter.bi_size = bytes;
+	bio->bi_flags = io->flags;
+	atomic_set(&bio->__bi_remaining, 1);
+	nbdcow_read_base(bio);
+}
+
+/* Read stored blocks, at most *@bytes, which is then how many these were. */
+static int work_read_stored(struct nbdcow_target *t, struct bio *bio,
+			    struct bvec_iter *iter, unsigned int *bytes)
+{
+	struct nbdcow_piece piece;
+	int ret;
+
+	nbdcow_piece_init(&piece, t, bio, *iter);
+	*bytes = nbdcow_overlay_copy(t->overlay, &piece, *bytes);
+	if (!*bytes) {
+		ret = nbdcow_overlay_wait(t->overlay, &piece,
+					  nbdcow_overlay_read);
+		if (ret)
+			return ret;
+		*bytes = piece.bytes;
+	}
+	count_read(&t->overlay->stats->overlay, *bytes >> SECTOR_SHIFT);
+	*iter = piece.iter;
+	return 0;
+}
+
+/*
+ * A read of blocks in any state. What the base may have read of it is kept where
+ * the state is BASE now, and replaced elsewhere. For the rest the base is asked
+ * run by run, and we come back.
+ */
 static void work_read(struct nbdcow_target *t, struct bio *bio)
 {
-	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
-	struct bvec_iter iter = bio->bi_iter;
-	struct nbdcow_piece piece;
-	int ret = -ESTALE;
-	unsigned int n;
+	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+	unsigned int bytes;
+	int ret = 0;
 
-	while (ret == -ESTALE) {
-		switch (state_at(t, sector, bio_sectors(bio), &n)) {
+	while (io->iter.bi_size && !ret) {
+		switch (state_at(t, dm_target_offset(t->ti, io->iter.bi_sector),
+				 io->iter.bi_size >> SECTOR_SHIFT, &bytes)) {
 		case NBDCOW_BASE:
-			/* The base may end within the block. */
-			bio_advance_iter(bio, &iter, n << SECTOR_SHIFT);
-			nbdcow_zero_bio(bio, &iter, iter.bi_size);
-			bio->bi_iter.bi_size = n << SECTOR_SHIFT;
-			nbdcow_read_base(bio);
-			return;
+			bytes <<= SECTOR_SHIFT;
+			if (!io->got) {
+				io->spans = false;
+				io->got = bytes;
+				send_again(io, bio, bytes);
+				return;
+			}
+			bytes = min(bytes, io->got);
+			bio_advance_iter(bio, &io->iter, bytes);
+			break;
 		case NBDCOW_ZERO:
-			nbdcow_zero_bio(bio, &iter, iter.bi_size);
-			ret = 0;
+			bytes <<= SECTOR_SHIFT;
+			nbdcow_zero_bio(bio, &io->iter, bytes);
 			break;
 		case NBDCOW_OVERLAY:
-			nbdcow_piece_init(&piece, t, bio, iter);
-			ret = nbdcow_overlay_wait(t->overlay, &piece,
-						  nbdcow_overlay_read);
+			bytes <<= SECTOR_SHIFT;
+			ret = work_read_stored(t, bio, &io->iter, &bytes);
 			break;
 		}
+		if (ret == -ESTALE)	/* discarded or reset */
+			ret = 0;
+		else
+			io->got -= min(bytes, io->got);
 	}
+	bio->bi_status = BLK_STS_OK;
+	bio_set_dev(bio, t->self);	/* what the base said is known */
 	nbdcow_bio_complete(bio, ret);
 }
 
@@ -721,8 +838,8 @@ static void work_io(struct work_struct *work)
 /**
  * nbdcow_defer() - go on with a bio in a context that may wait for I/O
  * @t: the target
- * @bio: a read or write within one block, or a discard or zeroing; completed
- *	later
+ * @bio: a read that was remembered, a write within one block, or a discard or
+ *	zeroing; completed later
  *
  * Context: any process context.
  * Return: DM_MAPIO_SUBMITTED.
@@ -801,11 +918,12 @@ static void retry(struct nbdcow_target *t, struct bio *bio)
 		nbdcow_defer(t, bio);
 		return;
 	}
-	bio->bi_status = BLK_STS_OK;
-	bio->bi_iter = io->iter;
-	bio->bi_flags = io->flags;
-	atomic_set(&bio->__bi_remaining, 1);
-	nbdcow_read_base(bio);
+	if (io->mixed) {
+		io->got = 0;
+		nbdcow_defer(t, bio);
+		return;
+	}
+	send_again(io, bio, io->iter.bi_size);
 }
 
 static void take_queued(struct nbdcow_target *t, struct bio_list *bios, bool all)
@@ -894,18 +1012,28 @@ static int nbdcow_end_io(struct dm_target *ti, struct bio *bio,
 			 blk_status_t *status)
 {
 	struct nbdcow_target *t = ti->private;
+	struct nbdcow_io *io = bio->bi_private;
 
-	if (likely(!*status && !READ_ONCE(t->base_failed)))
+	if (likely(!io && !*status && !READ_ONCE(t->base_failed)))
 		return DM_ENDIO_DONE;
 	if (bio->bi_bdev == t->self)
 		return DM_ENDIO_DONE;
 	/* Read-ahead may fail for no reason but load. */
 	if (*status && (*status == BLK_STS_AGAIN || bio->bi_opf & REQ_RAHEAD))
 		return DM_ENDIO_DONE;
+	/* The bad spot may be where nobody needs the base. */
+	if (*status && io && io->spans) {
+		io->got = 0;
+		nbdcow_defer(t, bio);
+		return DM_ENDIO_INCOMPLETE;
+	}
 	nbdcow_base_done(t, *status);
-	if (*status && bio->bi_private)
-		return end_failed(t, bio, status);
-	return DM_ENDIO_DONE;
+	if (*status)
+		return io ? end_failed(t, bio, status) : DM_ENDIO_DONE;
+	if (!io || !io->mixed)
+		return DM_ENDIO_DONE;
+	nbdcow_defer(t, bio);
+	return DM_ENDIO_INCOMPLETE;
 }
 
 /*

@@ -194,8 +194,11 @@ struct nbdcow_piece {
 struct nbdcow_io {
 	struct work_struct work; /* goes on with the bio outside of map() */
 	struct nbdcow_target *t; /* whose bio it is */
-	struct bvec_iter iter;	/* of a remapped bio, before it was */
-	unsigned short flags;	/* likewise */
+	struct bvec_iter iter;	/* of a read: what is left of it to do */
+	unsigned short flags;	/* the bio's, before it was remapped */
+	bool mixed;		/* blocks are to be added from elsewhere than the base */
+	bool spans;		/* the base is asked for such blocks as well */
+	unsigned int got;	/* bytes at the iterator that come from the base */
 };
 
 /* dm-nbdcow-target.c */

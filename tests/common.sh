@@ -352,6 +352,7 @@ field_of()
 	cached)		echo "${words[10]%/*}" ;;
 	evicted)	echo "${words[13]}" ;;
 	prefetch)	echo "${words[16]}" ;;
+	queued)		echo "${words[17]}" ;;
 	*)		fail "the status has no field $2" ;;
 	esac
 }

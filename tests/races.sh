@@ -172,6 +172,50 @@ many()
 		'is 0 .A......' "${checks[@]}" 'status test-cow used=300'
 }
 
+# across TAGS COMMAND...: a read of blocks of which the second is stored is one read of
+# the base. While that waits, the commands are done; then it must have found the tags.
+across()
+{
+	undo io $COW "$RELEASE" "$RESET"
+	io $COW 'write 4k 4k A' "${CLOSE_GATE[@]}" "bg is 0 $1" 'held test-gate 1' "${@:2}" \
+		'pending 1' "$RELEASE" join
+}
+
+read_and_rewrite()
+{
+	across '........BBBBBBBB........' 'write 4k 4k B'
+}
+
+read_and_install()
+{
+	across 'BBBBBBBBAAAAAAAA........' 'write 0 4k B'
+}
+
+read_and_discard()
+{
+	across '........0000000000000000' 'discard 4k 8k'
+}
+
+read_and_reset()
+{
+	across '........................' "$RESET"
+}
+
+read_and_reset_and_install()
+{
+	across '................BBBBBBBB' "$RESET" 'write 8k 4k B'
+}
+
+# Where too much would be read in vain, there is a read for each.
+far_apart()
+{
+	undo io $COW "$RELEASE" "$RESET"
+	io $COW 'write 4k 20k A' 'write 32k 8k A' "${CLOSE_GATE[@]}" \
+		'bg check 0 28k ?' 'held test-gate 2' "$RELEASE" join \
+		"${CLOSE_GATE[@]}" 'bg check 28k 16k ?' 'held test-gate 2' "$RELEASE" join \
+		'check 0 4k .' 'check 4k 20k A' 'check 24k 8k .' 'check 32k 8k A' 'check 40k 4k .'
+}
+
 # A base that does not answer is no reason for anything else to wait.
 everything_else_goes_on()
 {
@@ -200,5 +244,11 @@ run_tests \
 	last_block_taken 'the overlay becomes full meanwhile' \
 	base_error 'the base fails' \
 	whole_write_and_base_error 'the block is written and the base fails' \
+	read_and_rewrite 'a block is rewritten while a read across it waits for the base' \
+	read_and_install 'a block of the base is written while a read of it waits' \
+	read_and_discard 'blocks are discarded while a read across them waits' \
+	read_and_reset 'the overlay is reset while a read across it waits' \
+	read_and_reset_and_install 'the overlay is reset and written to while a read waits' \
+	far_apart 'a read across many stored blocks does not read the base in vain' \
 	many 'more partial writes than the kernel has descriptors for' \
 	everything_else_goes_on 'a base that does not answer holds up nothing else'
