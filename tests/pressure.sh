@@ -169,23 +169,23 @@ kept_meanwhile()
 	undo cp "$work/cluster" /proc/sys/vm/page-cluster
 	echo 0 >/proc/sys/vm/page-cluster
 	# those of 2 MiB would wait for each other
-	for ((i = 0; i < 32; i += 2)); do
+	for ((i = 0; i < 4; i += 2)); do
 		io $COW "write ${i}M 4k A"
 		writes+=("submit write ${i}M 512 B")
 		reads+=("bg check ${i}M 4k A")
 	done
 	dmsetup create test-view --readonly --table "0 65536 nbdcow-view $COW /dev/ram0"
 	undo dmsetup remove --retry test-view
-	wait_until 20 all_out 64
+	wait_until 20 all_out 8
 	undo dmsetup resume test-swap
 	io $COW "load ${swap[*]} delay /dev/mapper/test-ram1 0 600000" 'resume test-swap' \
 		"load ${swap[*]} linear /dev/mapper/test-ram1 0" "${writes[@]}" \
-		'held test-swap 16' 'open test-view' "${reads[@]}" join reap &
+		'held test-swap 2' 'open test-view' "${reads[@]}" join reap &
 	job=$!
-	wait_until 20 readers_wait 16
+	wait_until 20 readers_wait 2
 	dmsetup resume test-swap
 	wait $job
-	io $COW 'is 0 BAAAAAAA' 'is 30M BAAAAAAA'
+	io $COW 'is 0 BAAAAAAA' 'is 2M BAAAAAAA'
 }
 
 # Reclaim takes from the cache and from the overlay all the while.
