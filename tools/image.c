@@ -32,6 +32,7 @@
 #define CHECK_MS	3600000		/* it reads all tables */
 #define OWN_BYTES	(1024 << 10)	/* of what qemu-img prints */
 #define HEADER_BYTES	104		/* of a qcow2 image, at least */
+#define CLUSTER_BYTES	(128 << 10)	/* of those that are made here */
 #define LISTEN_FD	3		/* that is passed as systemd does it */
 #define IMAGE_FD	4
 #define CONTEXT_DEPTH	"qemu:allocation-depth"
@@ -103,9 +104,10 @@ int image_create(struct image *image, uint64_t bytes, const char *backing, const
 	char *path = xasprintf("/proc/self/fd/%d", image->fd), message[512];
 	char *size = xasprintf("%llu", (unsigned long long)bytes);
 	/* Parts of a cluster as small as our blocks: the rest of it need not be read. */
+	char *options = xasprintf("extended_l2=on,cluster_size=%d", CLUSTER_BYTES);
 	const char *const argv[] = {
-		"qemu-img", "create", "-q", "-u", "-f", "qcow2", "-o",
-		"extended_l2=on,cluster_size=128k", "-b", backing, "-F", format, path, size, NULL,
+		"qemu-img", "create", "-q", "-u", "-f", "qcow2", "-o", options, "-b", backing,
+		"-F", format, path, size, NULL,
 	};
 	int ret = qemu_img(image, argv, TOOL_MS, message, NULL);
 
@@ -116,6 +118,7 @@ int image_create(struct image *image, uint64_t bytes, const char *backing, const
 	image->bytes = bytes;
 	free(path);
 	free(size);
+	free(options);
 	return ret;
 }
 
@@ -156,18 +159,6 @@ int image_examine(const struct image *image, struct json_object **info)
 	return ret;
 }
 
-/* Runs qemu-img check. Return: its exit status, or -errno. */
-static int check_image(const struct image *image, struct json_object **result, char message[512])
-{
-	char *name = alone(image->fd);
-	const char *const argv[] = { "qemu-img", "check", "--output=json", name, NULL };
-	int ret = qemu_img(image, argv, CHECK_MS, message, result);
-
-	free(name);
-	/* 1: it was not checked; so it is when nothing is told of it */
-	return ret >= 0 && !*result ? 1 : ret;
-}
-
 static int64_t number(struct json_object *object, const char *key)
 {
 	return json_object_get_int64(json_object_object_get(object, key));
@@ -181,11 +172,15 @@ static int64_t number(struct json_object *object, const char *key)
  */
 int image_check(struct image *image)
 {
-	struct json_object *result;
-	char message[512];
+	char *name = alone(image->fd), message[512];
+	const char *const argv[] = { "qemu-img", "check", "--output=json", name, NULL };
+	struct json_object *result = NULL;
+	int ret = qemu_img(image, argv, CHECK_MS, message, &result);
 	struct stat st;
-	int ret = check_image(image, &result, message);
 
+	/* 1: it was not checked; so it is when nothing is told of it */
+	if (ret >= 0 && !result)
+		ret = 1;
 	if (ret == 2)
 		ret = fail(-EIO, "%s is damaged; \"qemu-img check\" tells more", image->path);
 	/* 3: some of it is not in use any more */
@@ -196,25 +191,19 @@ int image_check(struct image *image)
 			     st.st_size < number(result, "image-end-offset") &&
 			     !number(result, "compressed-clusters");
 	json_object_put(result);
+	free(name);
 	return ret > 0 ? 0 : ret;
 }
 
 /* Fills the last cluster, so that image_check() sees when something is missing. */
 int image_pad(const struct image *image)
 {
-	struct json_object *result;
-	char message[512];
-	int ret = check_image(image, &result, message);
 	struct stat st;
 
-	if (ret > 0)
-		ret = fail(-EIO, "cannot write %s: %s", image->path, reason(message));
-	else if (!ret && (fstat(image->fd, &st) ||
-			  (st.st_size < number(result, "image-end-offset") &&
-			   ftruncate(image->fd, number(result, "image-end-offset")))))
-		ret = fail(-errno, "cannot write %s: %m", image->path);
-	json_object_put(result);
-	return ret;
+	if (fstat(image->fd, &st) ||
+	    ftruncate(image->fd, (st.st_size + CLUSTER_BYTES - 1) / CLUSTER_BYTES * CLUSTER_BYTES))
+		return fail(io_error(errno), "cannot write %s: %m", image->path);
+	return 0;
 }
 
 /*
@@ -226,7 +215,7 @@ become_server(const struct image *image, int listener, int messages, bool read_o
 {
 	char *name = alone(IMAGE_FD), pid[24];
 	const char *const argv[] = {
-		"qemu-nbd", "--cache=writeback", read_only ? "--read-only" : "--discard=unmap",
+		"qemu-nbd", "--cache=unsafe", read_only ? "--read-only" : "--discard=unmap",
 		read_only ? "--allocation-depth" : "--detect-zeroes=off", name, NULL,
 	};
 	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -310,6 +299,8 @@ static int fail_server(struct image *image)
 	last_line(text, line, sizeof(line));
 	if (status == 127)
 		return fail(-ENOPKG, "qemu-nbd is not installed; it is in the package " PACKAGE);
+	if (strstr(text, "--allocation-depth"))
+		return fail(-ENOPKG, "qemu-nbd is too old; it must be of QEMU 5.2 or newer");
 	return fail(-EIO, "qemu-nbd cannot open %s: %s", image->path, reason(line));
 }
 
