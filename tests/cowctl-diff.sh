@@ -59,7 +59,7 @@ working()
 # change_at_random DEVICE BYTES SEED: BYTES are in the base
 change_at_random()
 {
-	io "$1" "model $2" "random $3 400" 'discard 100k 300k' 'zeroout 500k 8k' 'write 1020k 8k A' \
+	io "$1" "model $2" "random $3 100" 'discard 100k 300k' 'zeroout 500k 8k' 'write 1020k 8k A' \
 		verify
 }
 
@@ -264,24 +264,41 @@ no_room_for_it()
 	io $COW 'check 0 3M A' 'write 0 4k B'
 }
 
-# disturbed SIGNAL CALL=NUMBER: comes at that step of a diff, which then leaves nothing
-# that the next one minds
+# at_read ACTION COMMAND...: strace does that when it reads its view for the second time
+at_read()
+{
+	local action=$1 minor
+
+	shift
+	minor=$(dmsetup info -c --noheadings -o minor test-cow)
+	# the view is made next; the loader of programs reads by pread64, too
+	at_call -P "/dev/dm-$((minor + 1))" pread64 "$action:when=2" "$@"
+}
+
+# at_call [-P PATH] CALL ACTION COMMAND...
+at_call()
+{
+	local path=()
+
+	[ "$1" != -P ] || { path=(-P "$2"); shift 2; }
+	# the shell may have it ignored
+	exec env --default-signal=INT strace -qq -o "$work/trace" "${path[@]}" -e "trace=$1" \
+		-e "inject=$1:$2" "${@:3}"
+}
+
+# disturbed SIGNAL WHERE...: comes at that step of a diff, which then leaves nothing that
+# the next one minds
 disturbed()
 {
-	local rc=0 call=${2%=*}
+	local rc=0
 
-	# the shell may have it ignored
-	env --default-signal=INT strace -qq -o /dev/null -e "trace=$call" \
-		-e "inject=$call:signal=$1:when=${2#*=}" cowctl diff test-cow a.qcow2 || rc=$?
-	is "the status after $1 at $2" $rc $((128 + $(kill -l "$1")))
+	("${@:2}" cowctl diff test-cow a.qcow2) || rc=$?
+	is "the status after $1" $rc $((128 + $(kill -l "$1")))
 	test ! -e a.qcow2
 	# what the kernel takes away does not wait for anybody
 	wait_until 10 working test-cow
 	wait_until 10 not pgrep -a qemu-nbd
 	[ "$1" = KILL ] || is 'what is there' "$(ls -A)" ''
-	cowctl diff test-cow a.qcow2
-	all_gone
-	rm a.qcow2
 }
 
 # disturbed_by FIRST SECOND: while it is frozen, and copied
@@ -291,8 +308,11 @@ disturbed_by()
 	begin_here make_brd 1024
 	cowctl create test-cow base="$BASE"
 	io $COW 'write 0 1M A'
-	disturbed "$1" poll=1
-	disturbed "$2" pread64=2
+	disturbed "$1" at_call poll "signal=$1:when=1"
+	disturbed "$2" at_read "signal=$2"
+	cowctl diff test-cow a.qcow2
+	same_as a.qcow2 $COW
+	all_gone
 }
 
 interrupted()
@@ -303,6 +323,190 @@ interrupted()
 killed()
 {
 	disturbed_by KILL KILL
+}
+
+# The memory for what is overwritten meanwhile is used up.
+no_memory()
+{
+	local parameter=$MODULE/parameters/total_limit tracer rc=0
+
+	need strace
+	begin_here make_brd 4096
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 3M A'
+	undo cp "$work/total_limit" "$parameter"
+	cat "$parameter" >"$work/total_limit"
+	at_read signal=STOP cowctl diff test-cow a.qcow2 2>"$work/stderr" &
+	tracer=$!
+	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+	echo $((3145728 + 65536)) >"$parameter"
+	io $COW 'write 0 128k B'
+	kill -CONT "$(pgrep -x cowctl)"
+	wait $tracer || rc=$?
+	is 'the status' $rc 1
+	is 'what it said' "$(<"$work/stderr")" \
+		'cowctl: no memory to keep what is overwritten in test-cow'
+	is 'what is there' "$(ls -A)" ''
+	all_gone
+	io $COW 'check 0 128k B' 'check 128k 2944k A' 'write 0 3M C'
+	cp "$work/total_limit" "$parameter"
+	cowctl diff test-cow a.qcow2
+	same_as a.qcow2 $COW
+}
+
+# The child that freezes waits, too.
+freezing()
+{
+	[ "$(pgrep -c -x -r S cowctl)" = 2 ]
+}
+
+reads_in_flight()
+{
+	[ "$(awk '{ print $1 }' "$(sysfs_of $COW)/inflight")" != 0 ]
+}
+
+# A read that the server does not answer is waited for, since a view has none of those.
+base_hangs()
+{
+	local server reader pid rc=0
+
+	need nbdkit nbd-client
+	begin_here serve_image 1048576
+	cowctl create test-cow base="$BASE" holes=false
+	io $COW 'write 0 64k A'
+	server=$(<"$work/socket.pid")
+	kill -STOP "$server"
+	undo kill -CONT "$server"
+	dd if=$COW of=first bs=4k count=1 skip=100 iflag=direct status=none &
+	reader=$!
+	wait_until 10 reads_in_flight
+	env --default-signal=INT cowctl diff test-cow a.qcow2 2>"$work/stderr" &
+	pid=$!
+	wait_until 10 freezing
+	kill -INT $pid
+	wait $pid || rc=$?
+	is 'the status' $rc 130
+	is 'what it said' "$(<"$work/stderr")" ''
+	working test-cow
+	is 'what is there' "$(ls -A)" first
+	all_gone
+	io $COW 'check 0 64k A' 'write 64k 4k B'
+
+	cowctl diff test-cow a.qcow2 &
+	pid=$!
+	wait_until 10 freezing
+	kill -CONT "$server"
+	wait $pid
+	wait $reader
+	cmp -n 4096 first "$work/disk.img" 0 409600
+	same_as a.qcow2 $COW
+	all_gone
+}
+
+some_wait()
+{
+	[ "$(member queued test-cow)" -ge 1 ]
+}
+
+let_go()
+{
+	cowctl set test-cow on-base-error=error
+	sweep
+}
+
+# Those that wait in the kernel for the base to come back neither fail nor delay it.
+base_is_away()
+{
+	local reader
+
+	need nbdkit nbd-client
+	begin_here serve_image 1048576
+	cowctl create test-cow base="$BASE" holes=false on-base-error=queue
+	io $COW 'write 0 64k A'
+	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
+	dd if=$COW of=first bs=4k count=1 skip=100 iflag=direct status=none &
+	reader=$!
+	wait_until 10 some_wait
+	cowctl diff test-cow a.qcow2
+	some_wait
+	all_gone
+	rm "$work/socket"
+	start_nbdkit "$work/socket" file "$work/disk.img"
+	undo let_go
+	cowctl rebase test-cow base="$BASE" force=true holes=false
+	wait $reader
+	cmp -n 4096 first "$work/disk.img" 0 409600
+	same_as a.qcow2 $COW
+}
+
+# without_qemu COMMAND...: what qemu-utils has is not where it is; here it may be
+without_qemu()
+{
+	PATH=$PWD/bin:$PATH without /usr/bin "$(realpath "$(command -v cowctl)")" "$@"
+}
+
+# qemu_says PROGRAM TEXT: one that is so old that it does not understand us
+qemu_says()
+{
+	cp "$(command -v busybox)" bin/sh
+	printf '#!%s\necho %q >&2\nexit 1\n' "$PWD/bin/sh" "$2" >"bin/$1"
+	chmod +x "bin/$1"
+}
+
+no_qemu()
+{
+	local qemu_img qemu_nbd
+
+	need busybox
+	begin_here make_brd 1024
+	mkdir bin
+	qemu_img=$(command -v qemu-img)
+	qemu_nbd=$(command -v qemu-nbd)
+	cowctl create test-cow base="$BASE"
+	cowctl create test-c2 base="$BASE"
+	io $COW 'write 0 4k A'
+	cowctl diff test-cow a.qcow2
+
+	says 6 'qemu-img is not installed; it is in the package qemu-utils' \
+		without_qemu diff test-cow b.qcow2
+	says 6 'qemu-img is not installed' without_qemu load test-c2 a.qcow2
+	qemu_says qemu-img "qemu-img: /proc/self/fd/6: Invalid parameter 'extended_l2'"
+	says 6 'qemu-img is too old; it must be of QEMU 5.2' without_qemu diff test-cow b.qcow2
+
+	cp "$qemu_img" bin
+	says 6 'qemu-nbd is not installed; it is in the package qemu-utils' \
+		without_qemu diff test-cow b.qcow2
+	says 6 'qemu-nbd is not installed' without_qemu load test-c2 a.qcow2
+	qemu_says qemu-nbd "qemu-nbd: unrecognized option '--allocation-depth'
+Try \`qemu-nbd --help' for more information."
+	says 6 'qemu-nbd is too old; it must be of QEMU 5.2' without_qemu load test-c2 a.qcow2
+	is 'what is there' "$(ls -A)" "$(printf '%s\n' a.qcow2 bin)"
+	all_gone
+
+	cp "$qemu_nbd" bin
+	without_qemu load test-c2 a.qcow2
+	cmp $COW $COW2
+}
+
+# On a terminal only
+progress_bar()
+{
+	need script
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 2M A'
+	script -qec 'cowctl diff test-cow a.qcow2' screen </dev/null
+	grep -F '[########################################] 100%  2.0 MiB of 2.0 MiB' screen
+	grep '^a.qcow2: 2.0 MiB written' screen
+	cowctl diff test-cow b.qcow2 >out
+	is 'what is no terminal' "$(<out)" \
+		'b.qcow2: 2.0 MiB written, 0 B zeroed, on top of /dev/ram0'
+	cowctl reset test-cow
+	script -qec 'cowctl load test-cow a.qcow2' screen </dev/null
+	grep -F '[########################################] 100%  2.0 MiB of 2.0 MiB' screen
+	cowctl reset test-cow
+	cowctl load test-cow a.qcow2 >out
+	is 'what is no terminal' "$(<out)" "$COW: 2.0 MiB written, 0 B zeroed"
 }
 
 # Of a base of that name the qcow2 file tells, but nobody looks there.
@@ -384,7 +588,7 @@ nbd_base()
 refused()
 {
 	says "$1" "$2" cowctl load test-cow "$3"
-	is 'the changes' "$(cowctl changes test-cow --json | jq -c .ranges)" '[]'
+	status_is test-cow used=0 zeroed=0
 	all_gone
 }
 
@@ -447,11 +651,19 @@ interrupted_load()
 	io $COW 'write 0 2M A'
 	cowctl diff test-cow a.qcow2
 	cowctl reset test-cow
-	strace -qq -o /dev/null -e trace=pwrite64 -e inject=pwrite64:signal=TERM:when=2 \
-		cowctl load test-cow a.qcow2 || rc=$?
+	(at_call pwrite64 signal=TERM:when=2 cowctl load test-cow a.qcow2) || rc=$?
 	is 'the status' $rc 143
-	is 'the changes' "$(cowctl changes test-cow --json | jq -c .ranges)" '[]'
+	status_is test-cow used=0 zeroed=0
 	all_gone
+
+	# one that is killed cannot undo it
+	rc=0
+	(at_call pwrite64 signal=KILL:when=2 cowctl load test-cow a.qcow2) || rc=$?
+	is 'the status' $rc 137
+	wait_until 10 all_gone
+	between 'the blocks that are there' "$(field test-cow used)" 1 511
+	says 4 'has been changed already; "cowctl reset" it first' cowctl load test-cow a.qcow2
+	cowctl reset test-cow
 	cowctl load test-cow a.qcow2
 	io $COW 'check 0 2M A'
 }
@@ -539,6 +751,11 @@ run_tests \
 	no_room_for_it 'a disk that is full' \
 	interrupted 'SIGINT and SIGTERM' \
 	killed 'SIGKILL' \
+	no_memory 'no memory for what is overwritten' \
+	base_hangs 'a base that does not answer' \
+	base_is_away 'a base that is away' \
+	no_qemu 'qemu-utils is missing, or too old' \
+	progress_bar 'the progress on a terminal' \
 	foreign_names 'an image that names other files' \
 	odd_names 'odd names' \
 	nbd_base 'a base on an NBD server' \
