@@ -5,35 +5,7 @@
 # that is missed is a failure. `make bench-cache' runs it as it should be: `speed' in a
 # virtual machine whose clock counts instructions, the others at the speed of the host.
 
-. "$(dirname "$0")/../cowctl-common.sh"
-
-# To be seen whatever becomes of the test.
-exec 5>&1
-
-# figure WHAT VALUE GOAL: at most that
-figure()
-{
-	[[ $2 =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || fail "$1: '$2' is no number"
-	printf '# %-50s %8s   goal: %s\n' "$1" "$2" "$3" >&5
-	awk -v value="$2" -v goal="$3" 'BEGIN { exit !(value + 0 <= goal + 0) }' ||
-		missed+=("$1")
-}
-
-judge()
-{
-	[ ${#missed[@]} = 0 ] || fail "missed: ${missed[*]}"
-}
-
-# divide A B: with three digits behind the point
-divide()
-{
-	awk -v a="$1" -v b="$2" 'BEGIN { printf "%.3f", a / b }'
-}
-
-now_us()
-{
-	echo "${EPOCHREALTIME/./}"
-}
+. "$(dirname "$0")/common.sh"
 
 # 100 overlays read the same 64 MiB at the same time; the base is read once.
 shared()
@@ -70,11 +42,6 @@ slice()
 		--iodepth_batch_complete_max=64 --gtod_reduce=1 --fixedbufs=1 \
 		--registerfiles=1 --randrepeat=1 --output-format=json |
 		jq '.jobs[0].read | .total_ios * 1000000 / .iops | floor'
-}
-
-median()
-{
-	sort -n | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'
 }
 
 # One after the other in each round, so that what changes on the host changes all.
