@@ -55,13 +55,13 @@ static const char *reason(const char *message)
 }
 
 /* The image without what it names: neither its backing file nor others are opened. */
-static char *alone(int fd)
+static char *alone(int fd, const char *more)
 {
 	static const char options[] =
 		"\"driver\":\"qcow2\",\"backing\":null,\"file.driver\":\"file\"";
 
-	return xasprintf("json:{%s,\"file.filename\":\"/proc/self/fd/%d\"}",
-			 options, fd);
+	return xasprintf("json:{%s%s,\"file.filename\":\"/proc/self/fd/%d\"}",
+			 options, more, fd);
 }
 
 static int to_file(void *arg)
@@ -144,7 +144,7 @@ static int check_header(const struct image *image)
 /* Says what qemu thinks of the image. @info is to be put. */
 int image_examine(const struct image *image, struct json_object **info)
 {
-	char *name = alone(image->fd), message[512];
+	char *name = alone(image->fd, ""), message[512];
 	const char *const argv[] = { "qemu-img", "info", "--output=json", name, NULL };
 	int ret = check_header(image);
 
@@ -172,7 +172,7 @@ static int64_t number(struct json_object *object, const char *key)
  */
 int image_check(struct image *image)
 {
-	char *name = alone(image->fd), message[512];
+	char *name = alone(image->fd, ""), message[512];
 	const char *const argv[] = { "qemu-img", "check", "--output=json", name, NULL };
 	struct json_object *result = NULL;
 	int ret = qemu_img(image, argv, CHECK_MS, message, &result);
@@ -213,7 +213,10 @@ int image_pad(const struct image *image)
 static void __attribute__((noreturn))
 become_server(const struct image *image, int listener, int messages, bool read_only, pid_t parent)
 {
-	char *name = alone(IMAGE_FD), pid[24];
+	/* Tables are written in order: each as a whole, and there is no need to keep many. */
+	static const char tables[] =
+		",\"l2-cache-entry-size\":131072,\"l2-cache-size\":4194304";
+	char *name = alone(IMAGE_FD, read_only ? "" : tables), pid[24];
 	const char *const argv[] = {
 		"qemu-nbd", "--cache=unsafe", read_only ? "--read-only" : "--discard=unmap",
 		read_only ? "--allocation-depth" : "--detect-zeroes=off", name, NULL,
