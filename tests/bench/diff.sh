@@ -73,7 +73,7 @@ watched_diff()
 				[ "$process" != $pid ] || own=$value
 			done <"/proc/$process/status"
 		done
-		[ $sum -le $all ] || all=$sum
+		[ $sum -le "$all" ] || all=$sum
 		sleep 0.2
 	done 2>/dev/null
 	wait $pid
@@ -102,8 +102,8 @@ scattered()
 		"$(divide "$(printf '%s\n' "${diffs[@]}" | median)" \
 			"$(printf '%s\n' "${copies[@]}" | median)")" 3
 	watched_diff
-	figure 'KiB of memory of cowctl' $own 65536
-	figure 'KiB of memory of cowctl and qemu' $all 65536
+	figure 'KiB of memory of cowctl' "$own" 65536
+	figure 'KiB of memory of cowctl and qemu' "$all" 65536
 	judge
 }
 
