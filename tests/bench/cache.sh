@@ -5,7 +5,7 @@
 # that is missed is a failure. `make bench-cache' runs it as it should be: `speed' in a
 # virtual machine whose clock counts instructions, the others at the speed of the host.
 
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/figures.sh"
 
 # 100 overlays read the same 64 MiB at the same time; the base is read once.
 shared()

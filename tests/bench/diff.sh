@@ -4,7 +4,7 @@
 # Figures of cowctl diff, each beside its goal; a goal that is missed is a failure.
 # `make bench-cache' runs it in a virtual machine at the speed of the host.
 
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/figures.sh"
 
 COW=/dev/mapper/test-cow
 
