@@ -1077,7 +1077,8 @@ static int attempt(char **words)
 	join_words(text, sizeof(text), words);
 	ret = execute(text, &want);
 	/* device-mapper has other errors, too */
-	if (ret && model && ret != -ENOMEM && ret != -EIO && ret != -ENOSPC)
+	if (ret && model && strcmp(words[0], "create") && ret != -ENOMEM && ret != -EIO &&
+	    ret != -ENOSPC)
 		die("%s: %s", words[0], strerror(-ret));
 	return ret;
 }
