@@ -181,6 +181,8 @@ removal()
 	local before
 
 	[ -e $CGROUPS/test-a ] || skip 'needs the memory controller of cgroup v2'
+	# what the device before had comes back a moment after it is gone
+	wait_until 10 less_than $MIB
 	before=$(<$CGROUPS/test-a/memory.current)
 	make_cow_in test-a 33554432 "$base"
 	within test-b io $COW 'write 4M 16M A' 'discard 1G 1M' 'write 3G 4k A'
