@@ -299,6 +299,8 @@ static bool is_viewed(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	struct nbdcow_view *view;
 	bool needed = false;
 
+	if (likely(list_empty(&ov->views)))
+		return false;
 	rcu_read_lock();
 	list_for_each_entry_rcu(view, &ov->views, list) {
 		needed = view_needs(view, layer, block);
@@ -307,6 +309,35 @@ static bool is_viewed(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	}
 	rcu_read_unlock();
 	return needed;
+}
+
+/* Read a block from the page that was found for it, if it is stored. */
+static bool read_found(struct nbdcow_layer *layer, struct nbdcow_piece *piece,
+		       struct page *page)
+{
+	if (nbdcow_map_state(layer->map, piece->block) != NBDCOW_OVERLAY)
+		return false;
+	nbdcow_copy_from_page(piece, page);
+	return true;
+}
+
+/* Likewise rewrite it, if the page can be locked at once and no view needs it. */
+static bool rewrite_found(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+			  struct nbdcow_piece *piece, struct page *page)
+{
+	bool ok;
+
+	if (!nbdcow_store_lock(layer->file, page, true))
+		return false;
+	ok = nbdcow_map_state(layer->map, piece->block) == NBDCOW_OVERLAY &&
+	     !is_viewed(ov, layer, piece->block);
+	if (ok) {
+		nbdcow_copy_to_page(piece, page);
+		if (!PageDirty(page))
+			set_page_dirty(page);
+	}
+	unlock_page(page);
+	return ok;
 }
 
 /**
@@ -328,43 +359,29 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 {
 	bool write = op_is_write(bio_op(piece->bio)), ok;
 	struct nbdcow_layer *layer;
-	unsigned int done = 0;
+	unsigned int left = bytes;
 	struct page *page;
 	XA_STATE(xas, NULL, 0);
 
 	rcu_read_lock();
 	layer = rcu_dereference(ov->layer);
 	xas.xa = &layer->file->f_mapping->i_pages;
-	while (done < bytes) {
-		piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset,
-				   bytes - done);
+	while (left) {
+		piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset, left);
 		page = nbdcow_store_walk(&xas, layer->file, piece->block);
 		if (!page)
 			break;
-		ok = !write || nbdcow_store_lock(layer->file, page, true);
-		if (likely(ok)) {
-			ok = nbdcow_map_state(layer->map, piece->block) ==
-			     NBDCOW_OVERLAY;
-			if (ok && write)
-				ok = !is_viewed(ov, layer, piece->block);
-			if (ok && write) {
-				nbdcow_copy_to_page(piece, page);
-				set_page_dirty(page);
-			} else if (ok) {
-				nbdcow_copy_from_page(piece, page);
-			}
-			if (write)
-				unlock_page(page);
-		}
+		ok = write ? rewrite_found(ov, layer, piece, page) :
+			     read_found(layer, piece, page);
 		put_page(page);
 		if (unlikely(!ok))
 			break;
-		done += piece->bytes;
+		left -= piece->bytes;
 		piece->block++;
 		piece->offset = 0;
 	}
 	rcu_read_unlock();
-	return done;
+	return bytes - left;
 }
 
 static bool lock_shard_read(struct nbdcow_overlay *ov,

@@ -120,8 +120,10 @@ void nbdcow_store_destroy(struct file *file)
 /* A page that is being migrated to is there before its content. */
 static struct page *usable_page(struct folio *folio, pgoff_t index)
 {
-	struct page *page = folio_file_page(folio, index);
+	struct page *page = &folio->page;
 
+	if (unlikely(folio_test_large(folio)))
+		page = folio_file_page(folio, index);
 	if (likely(folio_test_uptodate(folio) && !PageHWPoison(page)))
 		return page;
 	folio_put(folio);
@@ -175,8 +177,7 @@ struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file, u64 bloc
 		xas_reset(xas);
 		return nbdcow_store_find(file, block);
 	}
-	if (unlikely(folio != xas_reload(xas) ||
-		     !folio_contains(folio, index))) {
+	if (unlikely(folio != xas_reload(xas))) {
 		folio_put(folio);
 		xas_reset(xas);
 		return nbdcow_store_find(file, block);
@@ -381,6 +382,13 @@ void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
 	}
 }
 
+/* As bio_advance_iter_single(), for bios that have pages. */
+static void advance(struct nbdcow_piece *piece, unsigned int bytes)
+{
+	piece->iter.bi_sector += bytes >> SECTOR_SHIFT;
+	bvec_iter_advance_single(piece->bio->bi_io_vec, &piece->iter, bytes);
+}
+
 /**
  * nbdcow_copy_from_page() - copy a stored block's bytes to a read bio
  * @piece: which bytes; its iterator is advanced
@@ -399,7 +407,7 @@ void nbdcow_copy_from_page(struct nbdcow_piece *piece, struct page *page)
 
 		bv.bv_len = min(bv.bv_len, left);
 		memcpy_to_bvec(&bv, from);
-		bio_advance_iter_single(piece->bio, &piece->iter, bv.bv_len);
+		advance(piece, bv.bv_len);
 		from += bv.bv_len;
 		left -= bv.bv_len;
 	}
@@ -419,7 +427,7 @@ void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page)
 	void *to = mapped + block_offset(piece->block) + piece->offset;
 	unsigned int left = piece->bytes;
 
-	if (bio_op(piece->bio) == REQ_OP_WRITE_ZEROES) {
+	if (unlikely(bio_op(piece->bio) == REQ_OP_WRITE_ZEROES)) {
 		memset(to, 0, left);
 		bio_advance_iter(piece->bio, &piece->iter, left);
 		left = 0;
@@ -429,7 +437,7 @@ void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page)
 
 		bv.bv_len = min(bv.bv_len, left);
 		memcpy_from_bvec(to, &bv);
-		bio_advance_iter_single(piece->bio, &piece->iter, bv.bv_len);
+		advance(piece, bv.bv_len);
 		to += bv.bv_len;
 		left -= bv.bv_len;
 	}
