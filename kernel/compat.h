@@ -34,6 +34,11 @@ static inline int dm_devt_from_path(const char *path, dev_t *dev)
 }
 #endif
 
+/* 6.17: workqueues say that they are bound to CPUs. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 17, 0)
+#define WQ_PERCPU		0
+#endif
+
 /* 6.5: block devices are opened with blk_mode_t. */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 5, 0)
 #define BLK_OPEN_READ		FMODE_READ

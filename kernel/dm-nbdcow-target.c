@@ -179,7 +179,12 @@
 /* How long failed reads of the base wait before one tries again. */
 #define NBDCOW_RETRY_PAUSE	HZ
 
+/*
+ * What a CPU does soon after a read of the base has ended there, one after the other
+ * and without a thread for each; and what may keep a thread busy for long.
+ */
 struct workqueue_struct *nbdcow_wq;
+struct workqueue_struct *nbdcow_long_wq;
 
 /**
  * nbdcow_bio_complete() - end a bio that map() took over
@@ -210,7 +215,7 @@ void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status)
 	} else if (unlikely(READ_ONCE(t->base_failed))) {
 		WRITE_ONCE(t->base_failed, false);
 		if (READ_ONCE(t->nr_queued))
-			mod_delayed_work(nbdcow_wq, &t->retry_work, 0);
+			mod_delayed_work(nbdcow_long_wq, &t->retry_work, 0);
 	}
 }
 
@@ -570,7 +575,6 @@ static int map_read_block(struct nbdcow_target *t, struct bio *bio)
 {
 	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 	unsigned int n = bio_sectors(bio);
-	struct nbdcow_piece piece;
 
 	if (sector % NBDCOW_BLOCK_SECTORS + n > NBDCOW_BLOCK_SECTORS)
 		return map_read(t, bio);
@@ -582,12 +586,15 @@ static int map_read_block(struct nbdcow_target *t, struct bio *bio)
 			break;
 		remap(t, bio);
 		return DM_MAPIO_REMAPPED;
-	case NBDCOW_OVERLAY:
+	case NBDCOW_OVERLAY: {
+		struct nbdcow_piece piece;
+
 		nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
 		if (!nbdcow_overlay_copy(t->overlay, &piece, piece.bytes))
 			break;
 		count_read(&t->overlay->stats->overlay, n);
 		return finish(bio, 0);
+	}
 	default:
 		break;
 	}
@@ -847,10 +854,13 @@ static void work_io(struct work_struct *work)
 int nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
 {
 	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
+	enum req_op op = bio_op(bio);
 
 	io->t = t;
 	INIT_WORK(&io->work, work_io);
-	queue_work(nbdcow_wq, &io->work);
+	queue_work(op == REQ_OP_READ || op == REQ_OP_WRITE ? nbdcow_wq :
+							    nbdcow_long_wq,
+		   &io->work);
 	return DM_MAPIO_SUBMITTED;
 }
 
@@ -871,7 +881,7 @@ static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
 		bio_list_add(&t->queued, bio);
 		WRITE_ONCE(t->nr_queued, t->nr_queued + 1);
 		/* Under the lock: without the bio the target may be gone. */
-		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+		queue_delayed_work(nbdcow_long_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 	}
 	spin_unlock_irqrestore(&t->queue_lock, flags);
 	return queued;
@@ -951,7 +961,7 @@ static void retry_work(struct work_struct *work)
 	while ((bio = bio_list_pop(&bios)))
 		retry(t, bio);
 	if (READ_ONCE(t->nr_queued))
-		queue_delayed_work(nbdcow_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+		queue_delayed_work(nbdcow_long_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 }
 
 /* Let none wait any more. */
@@ -1378,6 +1388,14 @@ MODULE_PARM_DESC(total_limit,
 module_param_cb(total_used, &total_used_ops, NULL, 0444);
 MODULE_PARM_DESC(total_used, "4 KiB blocks that all overlays together store");
 
+static void destroy_queues(void)
+{
+	if (nbdcow_long_wq)
+		destroy_workqueue(nbdcow_long_wq);
+	if (nbdcow_wq)
+		destroy_workqueue(nbdcow_wq);
+}
+
 static int __init nbdcow_init(void)
 {
 	int ret;
@@ -1391,10 +1409,12 @@ static int __init nbdcow_init(void)
 	ret = nbdcow_shrinker_init();
 	if (ret)
 		goto bad_map;
-	nbdcow_wq = alloc_workqueue("nbdcow", WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
-	if (!nbdcow_wq) {
+	nbdcow_wq = alloc_workqueue("nbdcow", WQ_MEM_RECLAIM | WQ_PERCPU, 0);
+	nbdcow_long_wq = alloc_workqueue("nbdcow_long",
+					 WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
+	if (!nbdcow_wq || !nbdcow_long_wq) {
 		ret = -ENOMEM;
-		goto bad_shrinker;
+		goto bad_wq;
 	}
 	ret = dm_register_target(&nbdcow_view_type);
 	if (ret)
@@ -1407,8 +1427,7 @@ static int __init nbdcow_init(void)
 bad_view:
 	dm_unregister_target(&nbdcow_view_type);
 bad_wq:
-	destroy_workqueue(nbdcow_wq);
-bad_shrinker:
+	destroy_queues();
 	nbdcow_shrinker_exit();
 bad_map:
 	nbdcow_map_exit();
@@ -1419,7 +1438,7 @@ static void __exit nbdcow_exit(void)
 {
 	dm_unregister_target(&nbdcow_target_type);
 	dm_unregister_target(&nbdcow_view_type);
-	destroy_workqueue(nbdcow_wq);
+	destroy_queues();
 	nbdcow_shrinker_exit();
 	nbdcow_map_exit();
 }

@@ -203,6 +203,7 @@ struct nbdcow_io {
 
 /* dm-nbdcow-target.c */
 extern struct workqueue_struct *nbdcow_wq;
+extern struct workqueue_struct *nbdcow_long_wq;
 void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 		       struct bio *bio, struct bvec_iter iter);
 void nbdcow_bio_complete(struct bio *bio, int error);

@@ -848,7 +848,7 @@ int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 	old->overlay = ov;
 	atomic_inc(&ov->dying);
 	INIT_RCU_WORK(&old->work, layer_work);
-	queue_rcu_work(nbdcow_wq, &old->work);
+	queue_rcu_work(nbdcow_long_wq, &old->work);
 	mutex_unlock(&ov->mutex);
 	level_update(ov);
 	return 0;
