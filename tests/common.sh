@@ -612,8 +612,10 @@ end_script()
 # The fixture, its tests, and the end of it as one more test.
 run_with_fixture()
 {
-	local i rc=0 in_fixture=1 used refs leaves shmem
+	local i rc=0 used refs leaves shmem
 
+	# not local: at the end of the script that would be forgotten
+	in_fixture=1
 	trap report_error ERR
 	set -eE
 	note_memory
