@@ -71,7 +71,7 @@ watched_diff()
 				[ "$name" = VmHWM: ] || continue
 				sum=$((sum + value))
 				[ "$process" != $pid ] || own=$value
-			done <"/proc/$process/status"
+			done <"/proc/$process/status" || :	# it has ended
 		done
 		[ $sum -le "$all" ] || all=$sum
 		sleep 0.2
