@@ -40,8 +40,8 @@
 #define MAX_CLIENTS	256		/* unless told otherwise */
 #define MAX_REQUEST	(64 << 20)	/* of nbdkit itself */
 #define SMALL_BYTES	(16 << 10)	/* buffers on the stack */
-#define CHUNK_BYTES	(256 << 10)	/* buffers that are kept */
-#define CHUNKS		32
+#define CHUNK_BYTES	(1 << 20)	/* buffers that are kept, and one request to a base */
+#define CHUNKS		16
 #define PREFETCH_POLL	5000000		/* ns */
 
 static struct {
