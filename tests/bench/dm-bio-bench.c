@@ -9,7 +9,8 @@
  * reads 32768 times 4096 bytes, 32 requests at a time, and prints the
  * nanoseconds of all. They begin at multiples of the second number; "random"
  * takes each of them once in a scattered order, for which the count must be a
- * power of two, "sequential" one after the other. All have the same buffer.
+ * power of two, "sequential" one after the other. All have the same buffer. A
+ * sector behind the device's name is where to begin.
  */
 
 #include <linux/bio.h>
@@ -25,9 +26,16 @@
 #define MOST_BYTES	SZ_1M
 #define MOST_DEPTH	256
 
+/* Whom to ask, from where on. */
+struct bench {
+	struct dm_dev *dev;
+	sector_t start;
+};
+
 /* What is asked for, and the requests that do it. */
 struct job {
 	struct block_device *bdev;
+	sector_t start;
 	enum req_op op;
 	bool random;
 	u32 bytes;
@@ -79,7 +87,7 @@ static void submit_batch(struct job *job, u64 first, u32 count)
 			 job->op | REQ_SYNC | REQ_IDLE);
 		bio->bi_vcnt = job->vecs;
 		bio->bi_iter.bi_size = job->bytes;
-		bio->bi_iter.bi_sector = n * job->stride >> SECTOR_SHIFT;
+		bio->bi_iter.bi_sector = job->start + (n * job->stride >> SECTOR_SHIFT);
 		bio->bi_end_io = end_request;
 		bio->bi_private = job;
 		submit_bio(bio);
@@ -121,10 +129,11 @@ static int run(struct job *job, u64 *ns)
 
 static bool parse(struct job *job, unsigned int argc, char **argv)
 {
-	u64 end = bdev_nr_bytes(job->bdev);
+	u64 room = bdev_nr_sectors(job->bdev);
 
-	if (argc != 6)
+	if (argc != 6 || job->start >= room)
 		return false;
+	room = (room - job->start) << SECTOR_SHIFT;
 	if (!strcmp(argv[0], "write"))
 		job->op = REQ_OP_WRITE;
 	else if (strcmp(argv[0], "read"))
@@ -137,7 +146,7 @@ static bool parse(struct job *job, unsigned int argc, char **argv)
 		return false;
 	return job->bytes && job->bytes <= MOST_BYTES && IS_ALIGNED(job->bytes, SECTOR_SIZE) &&
 	       job->stride >= job->bytes && IS_ALIGNED(job->stride, SECTOR_SIZE) &&
-	       job->count && job->count <= div64_u64(end, job->stride) &&
+	       job->count && job->count <= div64_u64(room, job->stride) &&
 	       (!job->random || is_power_of_2(job->count)) &&
 	       job->depth && job->depth <= MOST_DEPTH;
 }
@@ -145,7 +154,7 @@ static bool parse(struct job *job, unsigned int argc, char **argv)
 static int bench_message(struct dm_target *ti, unsigned int argc, char **argv,
 			 char *result, unsigned int maxlen)
 {
-	struct dm_dev *dev = ti->private;
+	struct bench *bench = ti->private;
 	struct job *job = kvzalloc(sizeof(*job), GFP_KERNEL);
 	u64 ns;
 	int ret;
@@ -153,7 +162,8 @@ static int bench_message(struct dm_target *ti, unsigned int argc, char **argv,
 
 	if (!job)
 		return -ENOMEM;
-	job->bdev = dev->bdev;
+	job->bdev = bench->dev->bdev;
+	job->start = bench->start;
 	ret = parse(job, argc, argv) ? run(job, &ns) : -EINVAL;
 	for (i = 0; i < job->vecs; i++)
 		if (job->vec[i].bv_page)
@@ -168,25 +178,36 @@ static int bench_message(struct dm_target *ti, unsigned int argc, char **argv,
 
 static int bench_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
-	struct dm_dev *dev;
+	struct bench *bench;
+	u64 start = 0;
 	int ret;
 
-	if (argc != 1) {
-		ti->error = "Needs a device";
+	if (argc < 1 || argc > 2 || (argc == 2 && kstrtou64(argv[1], 10, &start))) {
+		ti->error = "Needs a device, and maybe a sector";
 		return -EINVAL;
 	}
-	ret = dm_get_device(ti, argv[0], dm_table_get_mode(ti->table), &dev);
+	bench = kzalloc(sizeof(*bench), GFP_KERNEL);
+	if (!bench) {
+		ti->error = "Not enough memory";
+		return -ENOMEM;
+	}
+	bench->start = start;
+	ret = dm_get_device(ti, argv[0], dm_table_get_mode(ti->table), &bench->dev);
 	if (ret) {
 		ti->error = "Cannot open the device";
+		kfree(bench);
 		return ret;
 	}
-	ti->private = dev;
+	ti->private = bench;
 	return 0;
 }
 
 static void bench_dtr(struct dm_target *ti)
 {
-	dm_put_device(ti, ti->private);
+	struct bench *bench = ti->private;
+
+	dm_put_device(ti, bench->dev);
+	kfree(bench);
 }
 
 static int bench_map(struct dm_target *ti, struct bio *bio)
