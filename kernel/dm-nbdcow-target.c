@@ -79,11 +79,11 @@
  * Under the shard lock for read and the installer lock: look at the state,
  * reserve the block in the limits, make sure its leaf exists, get the page, lock
  * it. A new page is not zeroed, so it is not up to date before all of the block is
- * in it. Data first (whole block), page up to date and dirty second, state third (release), page
- * lock last, and only then is anybody told. An installer that finds the block
- * OVERLAY adds only its own bytes: its copy of the base is older than what the
- * other one stored. One that finds it ZERO, because a discard came between
- * reading the base and installing, completes it with zeroes.
+ * in it. Data first (whole block), page up to date and dirty second, state third
+ * (release), page lock last, and only then is anybody told. An installer that
+ * finds the block OVERLAY adds only its own bytes: its copy of the base is older
+ * than what the other one stored. One that finds it ZERO, because a discard came
+ * between reading the base and installing, completes it with zeroes.
  *
  * Reading without locks, rewriting with the page lock only
  * -------------------------------------------------------
@@ -155,10 +155,11 @@
  * -------
  * nbdcow_target is a table, which has one line. nbdcow_overlay holds the
  * changes; it is shared by all tables of one mapped device, so that a reload
- * keeps it, and goes with the last of them and of its views. I/O reaches it through one table at
- * a time, since device-mapper suspends the old one first. It fixes the size of
- * the base, so that a base that shrinks gives errors and not zeroes. nbdcow_base
- * is what all targets on one base device share; it goes with the last of them.
+ * keeps it, and goes with the last of them and of its views. I/O reaches it through
+ * one table at a time, since device-mapper suspends the old one first. It fixes the
+ * size of the base, so that a base that shrinks gives errors and not zeroes.
+ * nbdcow_base is what all targets on one base device share; it goes with the last
+ * of them.
  */
 #include <linux/module.h>
 #include <linux/moduleparam.h>
