@@ -40,7 +40,7 @@
 #define MAX_CLIENTS	256		/* unless told otherwise */
 #define MAX_REQUEST	(64 << 20)	/* of nbdkit itself */
 #define SMALL_BYTES	(16 << 10)	/* buffers on the stack */
-#define CHUNK_BYTES	(1 << 20)	/* buffers that are kept, and one request to a base */
+#define CHUNK_BYTES	(1024 << 10)	/* buffers that are kept, and one request to a base */
 #define CHUNKS		16
 #define PREFETCH_POLL	5000000		/* ns */
 

@@ -58,7 +58,7 @@ every_file_has_a_licence()
 {
 	local without
 
-	without=$(grep -rL 'SPDX-License-Identifier: GPL-2.0-only' --exclude={config,settings,*.seeds} \
+	without=$(grep -rL 'SPDX-License-Identifier: GPL-2.0-only' --exclude={config,settings,last.json,*.seeds} \
 		Kbuild Makefile kernel tools tests demo .ci)
 	echo "$without"
 	[ -z "$without" ]
