@@ -153,7 +153,7 @@ under_load()
 
 	need fio qemu-nbd
 	sparse 1G
-	dd if=/dev/zero of=$COW bs=1M oflag=direct status=none
+	dd if=/dev/zero of=$COW bs=1M count=1024 oflag=direct status=none
 	fio --name=load --filename=$COW --rw=randwrite --bs=4k --ioengine=libaio --iodepth=16 \
 		--direct=1 --time_based --runtime=3600 --minimal >/dev/null &
 	load=$!
