@@ -10,7 +10,7 @@
  * nanoseconds of all. They begin at multiples of the second number; "random"
  * takes each of them once in a scattered order, for which the count must be a
  * power of two, "sequential" one after the other. All have the same buffer. A
- * sector behind the device's name is where to begin.
+ * seventh word is the sector where to begin.
  */
 
 #include <linux/bio.h>
@@ -26,16 +26,10 @@
 #define MOST_BYTES	SZ_1M
 #define MOST_DEPTH	256
 
-/* Whom to ask, from where on. */
-struct bench {
-	struct dm_dev *dev;
-	sector_t start;
-};
-
 /* What is asked for, and the requests that do it. */
 struct job {
 	struct block_device *bdev;
-	sector_t start;
+	u64 start;
 	enum req_op op;
 	bool random;
 	u32 bytes;
@@ -129,11 +123,10 @@ static int run(struct job *job, u64 *ns)
 
 static bool parse(struct job *job, unsigned int argc, char **argv)
 {
-	u64 room = bdev_nr_sectors(job->bdev);
+	u64 sectors = bdev_nr_sectors(job->bdev);
 
-	if (argc != 6 || job->start >= room)
+	if (argc < 6 || argc > 7)
 		return false;
-	room = (room - job->start) << SECTOR_SHIFT;
 	if (!strcmp(argv[0], "write"))
 		job->op = REQ_OP_WRITE;
 	else if (strcmp(argv[0], "read"))
@@ -142,11 +135,13 @@ static bool parse(struct job *job, unsigned int argc, char **argv)
 	if (!job->random && strcmp(argv[1], "sequential"))
 		return false;
 	if (kstrtou32(argv[2], 10, &job->bytes) || kstrtou64(argv[3], 10, &job->stride) ||
-	    kstrtou64(argv[4], 10, &job->count) || kstrtou32(argv[5], 10, &job->depth))
+	    kstrtou64(argv[4], 10, &job->count) || kstrtou32(argv[5], 10, &job->depth) ||
+	    (argc == 7 && kstrtou64(argv[6], 10, &job->start)))
 		return false;
 	return job->bytes && job->bytes <= MOST_BYTES && IS_ALIGNED(job->bytes, SECTOR_SIZE) &&
 	       job->stride >= job->bytes && IS_ALIGNED(job->stride, SECTOR_SIZE) &&
-	       job->count && job->count <= div64_u64(room, job->stride) &&
+	       job->count && job->start <= sectors &&
+	       job->count <= div64_u64((sectors - job->start) << SECTOR_SHIFT, job->stride) &&
 	       (!job->random || is_power_of_2(job->count)) &&
 	       job->depth && job->depth <= MOST_DEPTH;
 }
@@ -154,7 +149,7 @@ static bool parse(struct job *job, unsigned int argc, char **argv)
 static int bench_message(struct dm_target *ti, unsigned int argc, char **argv,
 			 char *result, unsigned int maxlen)
 {
-	struct bench *bench = ti->private;
+	struct dm_dev *dev = ti->private;
 	struct job *job = kvzalloc(sizeof(*job), GFP_KERNEL);
 	u64 ns;
 	int ret;
@@ -162,8 +157,7 @@ static int bench_message(struct dm_target *ti, unsigned int argc, char **argv,
 
 	if (!job)
 		return -ENOMEM;
-	job->bdev = bench->dev->bdev;
-	job->start = bench->start;
+	job->bdev = dev->bdev;
 	ret = parse(job, argc, argv) ? run(job, &ns) : -EINVAL;
 	for (i = 0; i < job->vecs; i++)
 		if (job->vec[i].bv_page)
@@ -178,36 +172,25 @@ static int bench_message(struct dm_target *ti, unsigned int argc, char **argv,
 
 static int bench_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 {
-	struct bench *bench;
-	u64 start = 0;
+	struct dm_dev *dev;
 	int ret;
 
-	if (argc < 1 || argc > 2 || (argc == 2 && kstrtou64(argv[1], 10, &start))) {
-		ti->error = "Needs a device, and maybe a sector";
+	if (argc != 1) {
+		ti->error = "Needs a device";
 		return -EINVAL;
 	}
-	bench = kzalloc(sizeof(*bench), GFP_KERNEL);
-	if (!bench) {
-		ti->error = "Not enough memory";
-		return -ENOMEM;
-	}
-	bench->start = start;
-	ret = dm_get_device(ti, argv[0], dm_table_get_mode(ti->table), &bench->dev);
+	ret = dm_get_device(ti, argv[0], dm_table_get_mode(ti->table), &dev);
 	if (ret) {
 		ti->error = "Cannot open the device";
-		kfree(bench);
 		return ret;
 	}
-	ti->private = bench;
+	ti->private = dev;
 	return 0;
 }
 
 static void bench_dtr(struct dm_target *ti)
 {
-	struct bench *bench = ti->private;
-
-	dm_put_device(ti, bench->dev);
-	kfree(bench);
+	dm_put_device(ti, ti->private);
 }
 
 static int bench_map(struct dm_target *ti, struct bio *bio)
