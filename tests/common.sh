@@ -226,10 +226,10 @@ make_nbd()
 	REPLY=$dev
 }
 
-# make_dm NAME TABLE
+# make_dm NAME TABLE [OPTION...]
 make_dm()
 {
-	dmsetup create "$1" --table "$2"
+	dmsetup create "$1" --table "$2" "${@:3}"
 	undo dmsetup remove --retry "$1"
 	REPLY=/dev/mapper/$1
 }

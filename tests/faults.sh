@@ -60,9 +60,7 @@ fixture()
 	may_fail /dev/ram0
 	# what all such devices share is there from now on
 	make_cow test-other 4096 /dev/ram0
-	dmsetup create test-other-view --readonly \
-		--table '0 4096 nbdcow-view /dev/mapper/test-other /dev/ram0'
-	undo dmsetup remove --retry test-other-view
+	make_dm test-other-view '0 4096 nbdcow-view /dev/mapper/test-other /dev/ram0' --readonly
 }
 
 # step COMMAND...: on a device of 3 MiB, of which the base has two, that all

@@ -132,8 +132,7 @@ viewed()
 {
 	make_swapped 32768
 	io $COW 'write 0 16M A'
-	dmsetup create test-view --readonly --table "0 65536 nbdcow-view $COW /dev/ram0"
-	undo dmsetup remove --retry test-view
+	make_dm test-view "0 65536 nbdcow-view $COW /dev/ram0" --readonly
 	wait_until 20 push_out 15360 17408
 	io $COW 'write 0 1M B' 'write 2049s 1s B' 'discard 4M 4M' 'write 20M 1M B'
 	# 16 MiB, less 4, and 1 that is new, and 5 kept
@@ -174,8 +173,7 @@ kept_meanwhile()
 		writes+=("submit write ${i}M 512 B")
 		reads+=("bg check ${i}M 4k A")
 	done
-	dmsetup create test-view --readonly --table "0 65536 nbdcow-view $COW /dev/ram0"
-	undo dmsetup remove --retry test-view
+	make_dm test-view "0 65536 nbdcow-view $COW /dev/ram0" --readonly
 	wait_until 20 all_out 8
 	undo dmsetup resume test-swap
 	io $COW "load ${swap[*]} delay /dev/mapper/test-ram1 0 600000" 'resume test-swap' \

@@ -277,8 +277,7 @@ module_goes()
 
 read_only_device()
 {
-	dmsetup create test-cow --readonly --table "0 2048 nbdcow $dev"
-	undo dmsetup remove --retry test-cow
+	make_dm test-cow "0 2048 nbdcow $dev" --readonly
 	fails dd if=/dev/zero of=/dev/mapper/test-cow bs=4096 count=1 oflag=direct conv=notrunc
 	io /dev/mapper/test-cow 'check 0 end .'
 	status_is test-cow used=0

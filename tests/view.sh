@@ -27,10 +27,7 @@ fresh()
 # make_view [NAME]
 make_view()
 {
-	local name=${1:-test-view}
-
-	dmsetup create "$name" --readonly --table "0 $SECTORS nbdcow-view $COW /dev/ram0"
-	undo dmsetup remove --retry "$name"
+	make_dm "${1:-test-view}" "0 $SECTORS nbdcow-view $COW /dev/ram0" --readonly
 }
 
 # view_is STATE SAVED
