@@ -1068,6 +1068,23 @@ static void settle(char **words)
 	free(buf);
 }
 
+/* May a fault end this command so? Where there is no model all may. */
+static bool from_fault(int ret, const char *command)
+{
+	switch (ret) {
+	case -ENOMEM:
+	case -EIO:
+	case -ENOSPC:
+		return true;
+	case -ENXIO:	/* device-mapper: no memory for a device */
+	case -ENODEV:	/* none to find one; 6.1 cannot tell */
+	case -EINVAL:	/* none for its queue */
+		return !strcmp(command, "create");
+	default:
+		return false;
+	}
+}
+
 /* Returns: 0 or -errno. */
 static int attempt(char **words)
 {
@@ -1076,9 +1093,7 @@ static int attempt(char **words)
 
 	join_words(text, sizeof(text), words);
 	ret = execute(text, &want);
-	/* device-mapper has other errors, too */
-	if (ret && model && strcmp(words[0], "create") && ret != -ENOMEM && ret != -EIO &&
-	    ret != -ENOSPC)
+	if (ret && model && !from_fault(ret, words[0]))
 		die("%s: %s", words[0], strerror(-ret));
 	return ret;
 }
