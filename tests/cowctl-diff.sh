@@ -339,6 +339,7 @@ no_memory()
 	at_read signal=STOP cowctl diff test-cow a.qcow2 2>"$work/stderr" &
 	tracer=$!
 	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+	is 'the niceness' "$(ps -o ni= -p "$(pgrep -x cowctl)" | tr -d ' ')" 10
 	echo $((3145728 + 65536)) >"$parameter"
 	io $COW 'write 0 128k B'
 	kill -CONT "$(pgrep -x cowctl)"

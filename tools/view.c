@@ -19,6 +19,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/pidfd.h>
+#include <sys/resource.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -28,6 +29,8 @@
 #define LOOK_MS		100
 #define REMOVE_MS	5000
 #define RESUME_TRIES	10
+/* What is read of a view is for later, what uses the device is for now. */
+#define NICENESS	10
 
 static void about(struct dm_ioctl *request, dev_t dev, uint32_t flags)
 {
@@ -151,10 +154,15 @@ static int make_view(struct view *view)
 		return err;
 	close(view->fd);
 	view->fd = fd;
+	if (getpriority(PRIO_PROCESS, 0) < NICENESS)
+		setpriority(PRIO_PROCESS, 0, NICENESS);
 	return 0;
 }
 
-/* Freezes the device that is meant. The view is to be closed as soon as it is read. */
+/*
+ * Freezes the device that is meant, and lowers our priority. The view is to be closed as
+ * soon as it is read.
+ */
 int view_open(const struct args *args, struct view *view)
 {
 	int lock = lock_name(args), err;
