@@ -137,25 +137,37 @@ many()
 	each $count 'dmsetup remove' test-cow
 	printf '# ms of dmsetup create + remove: %s\n' "$(sum "$floor" "$REPLY")" >&5
 	printf '# ms of which two processes alone take: %s\n' "$(sum "$REPLY" "$REPLY")" >&5
-	by_ioctl 100 'nbdcow /dev/ram0'
-	figure 'ms of a creation + removal by ioctl' "$REPLY" 20
+	by_ioctl 16 30 'nbdcow /dev/ram0'
+	figure 'ms of a creation + removal by ioctl, 16 at once' "$REPLY" 20
+	by_ioctl 16 30 'linear /dev/ram0 0'
+	printf '# the same for dm-linear: %s\n' "$REPLY" >&5
 	# most of it is device-mapper waiting for grace periods
-	by_ioctl 100 'linear /dev/ram0 0'
+	by_ioctl 1 100 'nbdcow /dev/ram0'
+	printf '# ms of one at a time: %s\n' "$REPLY" >&5
+	by_ioctl 1 100 'linear /dev/ram0 0'
 	printf '# the same for dm-linear: %s\n' "$REPLY" >&5
 	judge
 }
 
-# by_ioctl COUNT TARGET: leaves the milliseconds that a device of it takes
+# by_ioctl AT_ONCE COUNT TARGET: so many devices of it, by each of so many at once; leaves
+# the milliseconds that one takes
 by_ioctl()
 {
-	local count=$1 i start pairs=()
+	local count=$2 i maker start pairs pids=()
 
-	for ((i = 0; i < count; i++)); do
-		pairs+=("create test-cow 2048 $2" 'remove test-cow')
-	done
 	start=$(now_us)
-	io /dev/ram0 "${pairs[@]}"
-	REPLY=$(divide $(($(now_us) - start)) $((count * 1000)))
+	for ((maker = 0; maker < $1; maker++)); do
+		pairs=()
+		for ((i = 0; i < count; i++)); do
+			pairs+=("create test-cow$maker 2048 $3" "remove test-cow$maker")
+		done
+		io /dev/ram0 "${pairs[@]}" &
+		pids+=($!)
+	done
+	for i in "${pids[@]}"; do
+		wait "$i"
+	done
+	REPLY=$(divide $(($(now_us) - start)) $(($1 * count * 1000)))
 }
 
 # settled: KiB that are available when the kernel has freed what it frees later
