@@ -724,6 +724,8 @@ static void send_again(struct nbdcow_io *io, struct bio *bio,
 		       unsigned int bytes)
 {
 	bio->bi_status = BLK_STS_OK;
+	/* The base's driver may have had it in one request with others. */
+	bio->bi_next = NULL;
 	bio->bi_iter = io->iter;
 	bio->bi_iter.bi_size = bytes;
 	bio->bi_flags = io->flags;

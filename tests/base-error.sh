@@ -129,6 +129,34 @@ queued_is()
 	[ "$(field test-cow queued)" = "$1" ]
 }
 
+# Reads across stored blocks that were one request for the driver of the base, and fail as
+# one, are asked for again each by itself.
+merged_reads()
+{
+	local i writes=() checks=()
+
+	need nbdkit nbd-client fio
+	make_loop_base 4194304
+	start_nbdkit "$work/socket" -r --filter=error file "$work/base4194304" \
+		error-pread=EIO error-pread-rate=100% error-file="$work/broken"
+	undo rm -f "$work/broken"
+	make_nbd "$work/socket"
+	make_cow test-cow 8192 "$REPLY"
+	for ((i = 0; i < 1024; i += 8)); do
+		writes+=("write $((i + 4))k 4k A")
+		checks+=("check ${i}k 4k ." "check $((i + 4))k 4k A")
+	done
+	io $COW "${writes[@]}"
+	touch "$work/broken"
+	fio --name=merged --filename=$COW --rw=read --bs=12k --size=960k --direct=1 \
+		--ioengine=libaio --iodepth=32 --iodepth_batch_submit=32 \
+		--iodepth_batch_complete_min=32 --continue_on_error=read --error_dump=0 || :
+	between 'base read errors' "$(field test-cow errors)" 80 10000
+	io $COW 'fails EIO check 0 4k .' 'check 4k 4k A'
+	rm "$work/broken"
+	io $COW "${checks[@]}"
+}
+
 # A base on an NBD server, of which another copy stays.
 start_server()
 {
@@ -386,6 +414,7 @@ run_tests \
 	one_bad_block 'a base with one bad block' \
 	covered_bad_block 'bad blocks of the base below blocks that are stored' \
 	queued_reads 'reads across stored blocks that wait for the base' \
+	merged_reads 'reads that were merged on their way to the base' \
 	killed_server 'an NBD server that is killed and started anew' \
 	killed_server_replaced 'an NBD server that is killed and replaced' \
 	hung_server 'an NBD server that does not answer' \
