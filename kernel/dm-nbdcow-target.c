@@ -1257,6 +1257,12 @@ static int nbdcow_preresume(struct dm_target *ti)
 {
 	struct nbdcow_target *t = ti->private;
 
+	/* The table before this one went on after it was loaded. */
+	if (!nbdcow_overlay_fits(t->overlay, ti->len)) {
+		DMERR("%s: the table is shorter than the changes that the overlay holds",
+		      dm_table_device_name(ti->table));
+		return -EINVAL;
+	}
 	nbdcow_overlay_set_event(t->overlay, ti, true);
 	nbdcow_overlay_set_limit(t->overlay, READ_ONCE(t->limit));
 	nbdcow_base_set_limit(t, READ_ONCE(t->cache_limit));

@@ -224,6 +224,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 					  struct block_device *base,
 					  const char *tmpfs_dir, char **error);
 void nbdcow_overlay_put(struct nbdcow_overlay *ov);
+bool nbdcow_overlay_fits(struct nbdcow_overlay *ov, sector_t sectors);
 enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 				       u64 max, u64 *run);
 enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block);

@@ -979,14 +979,51 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	return ov;
 }
 
+/* Does a device of @nr_blocks show all changes? Under the overlay's mutex. */
+static bool overlay_fits(struct nbdcow_overlay *ov, u64 nr_blocks)
+{
+	struct nbdcow_map *map = layer_of(ov)->map;
+	bool fits = true;
+
+	if (nr_blocks < map->nr_blocks) {
+		rcu_read_lock();
+		fits = nbdcow_map_is_uniform(map, nr_blocks,
+					     map->nr_blocks - nr_blocks,
+					     NBDCOW_BASE);
+		rcu_read_unlock();
+	}
+	return fits;
+}
+
+/**
+ * nbdcow_overlay_fits() - does a device of this length show all changes?
+ * @ov: the overlay
+ * @sectors: the length
+ *
+ * Context: process context, sleeps; nobody changes the overlay.
+ * Return: whether it does.
+ */
+bool nbdcow_overlay_fits(struct nbdcow_overlay *ov, sector_t sectors)
+{
+	unsigned int noio;
+	bool fits;
+
+	noio = memalloc_noio_save();
+	mutex_lock(&ov->mutex);
+	fits = overlay_fits(ov, DIV_ROUND_UP_ULL(sectors, NBDCOW_BLOCK_SECTORS));
+	mutex_unlock(&ov->mutex);
+	memalloc_noio_restore(noio);
+	return fits;
+}
+
 /* Can a table of @nr_blocks take this live overlay over? */
 static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 			 struct block_device *base, const char *tmpfs_dir,
 			 char **error)
 {
 	u64 old_blocks;
-	bool fits = true;
 	int ret = 0;
+	bool fits;
 
 	if (bdev_nr_sectors(base) < ov->base_sectors) {
 		*error = "The base device is smaller than the overlay's base was";
@@ -1000,13 +1037,7 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 
 	mutex_lock(&ov->mutex);
 	old_blocks = layer_of(ov)->map->nr_blocks;
-	if (nr_blocks < old_blocks) {
-		rcu_read_lock();
-		fits = nbdcow_map_is_uniform(layer_of(ov)->map, nr_blocks,
-					     old_blocks - nr_blocks,
-					     NBDCOW_BASE);
-		rcu_read_unlock();
-	}
+	fits = overlay_fits(ov, nr_blocks);
 	mutex_unlock(&ov->mutex);
 
 	if (!fits) {

@@ -89,6 +89,15 @@ shorter()
 	io $COW 'check 16380k 4k A' 'discard 16380k 4k'
 	fails dmsetup load test-cow --table '0 32760 nbdcow /dev/ram0'
 	io $COW 'size 32768s' 'check 16380k 4k 0'
+
+	# the device goes on after a table was loaded
+	fresh
+	dmsetup load test-cow --table '0 32760 nbdcow /dev/ram0'
+	io $COW 'write 16380k 4k B'
+	fails dmsetup resume test-cow
+	kernel_log | grep -F 'is shorter than the changes'
+	reload test-cow 32768 /dev/ram0
+	io $COW 'size 32768s' 'check 16380k 4k B'
 }
 
 # While suspended nothing gets through, afterwards everything.
