@@ -601,6 +601,9 @@ static struct page *get_new(struct nbdcow_overlay *ov,
 		page = nbdcow_store_new(layer->file, piece->block,
 					piece->context);
 	set_active_memcg(old_memcg);
+	/* a quota of the tmpfs, not a limit of ours */
+	if (page == ERR_PTR(-EDQUOT))
+		page = ERR_PTR(-ENOSPC);
 	if (IS_ERR(page))
 		unreserve(layer, 1);
 	return page;
