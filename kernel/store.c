@@ -114,7 +114,11 @@ void nbdcow_store_destroy(struct file *file)
 	noio = memalloc_noio_save();
 	shmem_truncate_range(file_inode(file), 0, (loff_t)-1);
 	memalloc_noio_restore(noio);
-	fput(file);
+	/* A tmpfs that was mounted for it can be unmounted from now on. */
+	if (current->flags & PF_KTHREAD)
+		__fput_sync(file);
+	else
+		fput(file);
 }
 
 /* A page that is being migrated to is there before its content. */
