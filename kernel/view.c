@@ -79,7 +79,7 @@ static int view_map(struct dm_target *ti, struct bio *bio)
 	case NBDCOW_OVERLAY:
 		io->v = v;
 		INIT_WORK(&io->work, view_work);
-		queue_work(nbdcow_wq, &io->work);
+		queue_work(nbdcow_long_wq, &io->work);
 		return DM_MAPIO_SUBMITTED;
 	default:
 		iter = bio->bi_iter;
