@@ -899,7 +899,8 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 			goto out;
 		}
 	}
-	base = kzalloc(sizeof(*base), GFP_KERNEL);
+	/* works that a reclaimer may be waiting for take the mutex, too */
+	base = kzalloc(sizeof(*base), GFP_NOIO);
 	if (!base)
 		goto out;
 	base->dev = bdev->bd_dev;
