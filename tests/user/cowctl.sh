@@ -331,8 +331,10 @@ completion()
 	completes 'status' help sta &&
 	completes 'round=' create rou && completes 'cow-on-read= cow-on-cache=' set cow cow-on &&
 	completes 'used rate name' top sort = && completes 'threshold= timeout=' wait cow t &&
-	completes '' wait cow -- t && completes 'true false' create cow-on-cache = && completes 'down' create round = d &&
-	completes '--json' list --j && completes '' nonsense x
+	completes 'truncate' wait cow -- trunc && completes '' wait cow -- true t && completes 'true false' create cow-on-cache = && completes 'down' create round = d &&
+	completes '/proc/tty' set cow cow-on-read = /proc/tt && completes '/proc/tty' create /proc/tt &&
+	completes 'stop' prefetch cow s && completes '--watch' status --w && completes '' list --w &&
+	completes '--json' list --j && completes '--json' --j && completes '' nonsense x
 }
 
 echo "# SEED=$seed"
