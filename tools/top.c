@@ -600,8 +600,10 @@ static int look_and_look(struct top *top, int keys)
 	for (uint64_t n = 0; !err && (!top->count || n < top->count); n++) {
 		if (n && pause_or_end(next, signals, keys))
 			break;
-		/* not in a hurry after looks that took longer */
-		next = (next > now_ms() - 100 ? next : now_ms()) + top->delay_ms;
+		/* not in a hurry after looks that took longer, and from now on after a key */
+		if (next > now_ms() || next < now_ms() - 100)
+			next = now_ms();
+		next += top->delay_ms;
 		err = take_look(top) ?: show(top);
 	}
 	close(signals);
