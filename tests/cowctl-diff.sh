@@ -56,14 +56,14 @@ working()
 	[ "$(dmsetup info -c --noheadings -o suspended "$1")" = Active ]
 }
 
-# change_at_random DEVICE BYTES SEED: BYTES are in the base
+# change_at_random DEVICE BYTES SEED [OPERATION]: BYTES are in the base
 change_at_random()
 {
 	io "$1" "model $2" "random $3 100" 'discard 100k 300k' 'zeroout 500k 8k' 'write 1020k 8k A' \
-		verify
+		"${@:4}" verify
 }
 
-# round_trip BASE SIZE ROUND: of a copy of that size
+# round_trip BASE SIZE ROUND [OPERATION]: of a copy of that size
 round_trip()
 {
 	local how=("base=$1" "round=$3" ${2:+"size=$2"}) bytes
@@ -71,7 +71,7 @@ round_trip()
 	cowctl create test-cow "${how[@]}"
 	cowctl create test-c2 "${how[@]}"
 	bytes=$(member base_size test-cow)
-	change_at_random $COW "$bytes" "$RANDOM"
+	change_at_random $COW "$bytes" "$RANDOM" "${@:4}"
 	cowctl diff test-cow a.qcow2
 	same_as a.qcow2 $COW
 	cowctl load test-c2 a.qcow2 2>warning
@@ -94,7 +94,8 @@ round_trips()
 	round_trip "$BASE" 1100K down
 }
 
-# A file that ends within a block, or even within a sector.
+# A file that ends within a block, or even within a sector. In the latter case it has more of
+# its last block than the copy shows; that is saved, changed or not.
 odd_tails()
 {
 	local bytes
@@ -102,11 +103,11 @@ odd_tails()
 	begin_here
 	for bytes in 2098176 2098852; do
 		fill disk.img "$bytes"
-		round_trip disk.img '' up
+		round_trip disk.img '' up 'write 2M 4k B'
 		rm disk.img
 	done
 	fill disk.img 2098852
-	round_trip disk.img 3M down
+	round_trip disk.img 3M down 'write 2M 4k B'
 }
 
 # What is under the image may have more than the device shows of it.
@@ -529,6 +530,15 @@ foreign_names()
 	truncate -s 1M secret
 	says 1 'not as large as /dev/ram0; or say force=true' cowctl load test-cow evil.qcow2
 	cowctl load test-cow evil.qcow2 force=true
+	cowctl reset test-cow
+	make_loop "$PWD/secret"
+	cowctl diff test-cow part.qcow2 backing="$REPLY"
+	says 1 "$REPLY, not as large as /dev/ram0" cowctl load test-cow part.qcow2
+	# the size of such a file is not that of its disk
+	qemu-img create -q -f qcow2 golden.qcow2 2M
+	cowctl diff test-cow other.qcow2 backing=golden.qcow2 format=qcow2
+	cowctl load test-cow other.qcow2 2>warning
+	grep 'must have the same content' warning
 
 	qemu-img create -q -f qcow2 -o data_file="$PWD/secret",data_file_raw=on data.qcow2 2M
 	strace "${opens[@]}" cowctl load test-cow data.qcow2 2>error || rc=$?
@@ -558,7 +568,9 @@ odd_names()
 	is 'the backing file' "$(qemu-img info --output=json x=y.qcow2 |
 		jq -r '.["backing-filename"], .["backing-filename-format"]' | xargs)" './nbd:x.img qcow2'
 	says 2 'cannot be printed' cowctl diff test-cow $'./a\nb'
-	says 1 'cannot make u.qcow2: .*nonsense' cowctl diff test-cow u.qcow2 format=nonsense
+	says 2 'format= is that of backing=, which is missing' cowctl diff test-cow u.qcow2 format=raw
+	says 2 'format=nonsense is none that qemu-img knows' cowctl diff test-cow u.qcow2 \
+		backing=x format=nonsense
 	is 'what is there' "$(find . -name '*u.qcow2*')" ''
 	says 1 'cannot find the directory' cowctl diff test-cow none/u.qcow2
 	says 2 'the file to make is missing' cowctl diff test-cow
@@ -621,6 +633,9 @@ bad_images()
 	printf '\377\377\377\377\377\377\377\377' | dd of=bad bs=1 conv=notrunc status=none \
 		seek=$((0x$(xxd -s 40 -l 8 -p a.qcow2)))
 	refused 1 'bad' bad
+	exec 7<>a.qcow2
+	refused 4 'a.qcow2 is open for writing in another program' a.qcow2
+	exec 7<&-
 	qemu-img create -q -f qcow2 bad 3M
 	refused 1 'is a disk of 3145728 bytes, but test-cow has 2097152' bad
 	qemu-img create -q -f qcow2 --object secret,id=s,data=x \
@@ -640,6 +655,45 @@ bad_images()
 	qemu-img convert -c -O qcow2 -B "$BASE" -F raw a.qcow2 small.qcow2
 	cowctl load test-cow small.qcow2
 	cmp all $COW
+
+	# on a block device
+	cowctl reset test-cow
+	make_loop "$PWD/a.qcow2" --read-only
+	cowctl load test-cow "$REPLY"
+	cmp all $COW
+}
+
+# What was checked is not what is read: who wants to write to it is made to wait, and it
+# is told.
+changing_image()
+{
+	local tracer rc=0
+
+	need strace
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 2M A'
+	cowctl diff test-cow a.qcow2
+	cowctl reset test-cow
+	rm -f "$work/trace"
+	at_call pwrite64 signal=STOP:when=2 cowctl load test-cow a.qcow2 2>"$work/stderr" &
+	tracer=$!
+	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+	dd if=/dev/zero of=a.qcow2 bs=1 count=1 conv=notrunc status=none &
+	wait_until 10 breaking
+	kill -CONT "$(pgrep -x cowctl)"
+	wait $tracer || rc=$?
+	is 'the status' $rc 4
+	is 'what it said' "$(<"$work/stderr")" \
+		'cowctl: a.qcow2 was opened for writing by another program'
+	wait $!
+	status_is test-cow used=0 zeroed=0
+	all_gone
+}
+
+breaking()
+{
+	grep -q 'LEASE *BREAKING' /proc/locks
 }
 
 interrupted_load()
@@ -667,6 +721,35 @@ interrupted_load()
 	cowctl reset test-cow
 	cowctl load test-cow a.qcow2
 	io $COW 'check 0 2M A'
+}
+
+# Devices of partitions are made anew also when what they made room for is interrupted.
+partitions_come_back()
+{
+	local rc=0
+
+	need strace kpartx sfdisk
+	begin_here make_brd 2048
+	cowctl create test-cow base="$BASE"
+	printf '%s\n' 'label: dos' 'start=64 size=512' | sfdisk -q --no-reread --no-tell-kernel $COW
+	cowctl diff test-cow a.qcow2
+	cowctl reset test-cow
+	cowctl load test-cow a.qcow2
+	cowctl set test-cow partitions=true
+	test -e ${COW}p1
+	# too late for it
+	(at_call clone signal=TERM:when=1 cowctl reset test-cow)
+	test ! -e ${COW}p1
+
+	cowctl remove test-cow
+	unguard "$BASE"
+	printf '%s\n' 'label: dos' 'start=64 size=512' | sfdisk -q --no-reread --no-tell-kernel "$BASE"
+	cowctl create test-cow base="$BASE" partitions=true
+	test -e ${COW}p1
+	(at_call pwrite64 signal=TERM:when=1 cowctl load test-cow a.qcow2) || rc=$?
+	is 'the status of load' $rc 143
+	test -e ${COW}p1
+	all_gone
 }
 
 commit_to_device()
@@ -700,8 +783,33 @@ commit_to_device()
 	all_gone
 }
 
+# While the base changes, nobody else may change it or make a copy of it.
+commit_alone()
+{
+	local tracer
+
+	need strace
+	begin_here make_brd 2048
+	unguard "$BASE"
+	cowctl create test-cow base="$BASE"
+	io $COW 'write 0 2M A'
+	rm -f "$work/trace"
+	(at_read signal=STOP cowctl commit test-cow to="$BASE" force=true) &
+	tracer=$!
+	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+	says 4 'is just being changed by "cowctl commit"' cowctl create test-c2 base="$BASE"
+	says 4 'is just being used by another cowctl' cowctl commit test-cow to="$BASE" force=true
+	kill -CONT "$(pgrep -x cowctl)"
+	wait $tracer
+	cmp $COW "$BASE"
+	cowctl create test-c2 base="$BASE"
+	cowctl remove test-c2
+}
+
 commit_to_file()
 {
+	local name
+
 	begin_here
 	fill disk.img 2098000
 	cowctl create test-cow base=disk.img size=3M
@@ -725,9 +833,25 @@ commit_to_file()
 	cowctl commit test-cow to=copy.img
 	cmp -n 3145728 copy.img $COW
 
+	truncate -s 1M open.img
+	exec 7<>open.img
+	says 4 'base open.img is open for writing in another program' \
+		cowctl create test-c2 base=open.img
+	exec 7<&-
+	# each has a loop device of its own
 	cowctl create test-c2 base=disk.img
-	says 4 'attached to\|other copies' cowctl commit test-cow to=disk.img force=true
+	cowctl create test-c3 base=disk.img
+	for name in test-cow test-c2 test-c3; do
+		says 4 'is attached to /dev/loop' cowctl commit $name to=disk.img force=true
+		says 4 'is the same file as /dev/loop' \
+			cowctl commit $name to="$(member base_device $name)" force=true
+	done
 	cowctl remove test-c2
+	cowctl remove test-c3
+	make_loop "$PWD/disk.img"
+	says 4 'is the same file as /dev/loop' cowctl commit test-cow to="$REPLY"
+	losetup -d "$REPLY"
+	unset 'undo_list[-1]'
 	cp $COW all
 	cowctl commit test-cow to=disk.img force=true
 	cmp disk.img all
@@ -761,6 +885,9 @@ run_tests \
 	odd_names 'odd names' \
 	nbd_base 'a base on an NBD server' \
 	bad_images 'images that are damaged, foreign or too much' \
+	changing_image 'an image that somebody writes to' \
 	interrupted_load 'an interrupted load' \
+	partitions_come_back 'partitions, when it is interrupted' \
 	commit_to_device 'commit to a device' \
+	commit_alone 'the base while it is written by commit' \
 	commit_to_file 'commit to a file'

@@ -112,8 +112,8 @@ static int refresh_parts(const struct args *args, const struct cow *cow, bool wa
 
 	free(parts);
 	if (args->value[KEY_PARTITIONS])
-		return wanted ? parts_map(cow->path) : there ? parts_unmap(cow->path) : 0;
-	return there && args->value[KEY_SIZE] ? parts_map(cow->path) : 0;
+		return wanted ? parts_map(cow->path, false) : there ? parts_unmap(cow->path) : 0;
+	return there && args->value[KEY_SIZE] ? parts_map(cow->path, false) : 0;
 }
 
 /* What cannot be undone comes last. */
@@ -322,7 +322,7 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 static int rebase_locked(const struct args *args, int lock, bool force, bool holes)
 {
 	const char *text = args->value[KEY_BASE];
-	struct base base = { .fd = -1 };
+	struct base base = NO_BASE;
 	char slot[SLOT_BYTES];
 	struct cow cow;
 	int err = find_cow(args, &cow) ?: check_base(text);
@@ -335,8 +335,7 @@ static int rebase_locked(const struct args *args, int lock, bool force, bool hol
 	err = open_base(text, slot, lock, &base);
 	if (!err)
 		err = move(args, &cow, &base, force);
-	if (base.fd >= 0)
-		close(base.fd);
+	close_base(&base);
 	if (err) {
 		nbd_release(slot);
 		return err;

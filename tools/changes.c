@@ -6,6 +6,7 @@
 #include <blkid/blkid.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -476,24 +477,40 @@ static void print_svg(FILE *f, const struct cow *cow, const struct drawing *draw
 		human_size(drawing->cell_bytes, cell));
 }
 
-/* A file that could not be written whole is removed. */
+/*
+ * A file has another name until it is whole, so that what it replaces is not lost; what
+ * is no file, as /dev/stdout may be, is written to.
+ */
 static int write_svg(const char *path, const struct cow *cow, const struct drawing *drawing)
 {
-	FILE *f = fopen(path, "we");
-	bool failed = !f;
+	char *whole = realpath(path, NULL), *part;
 	struct stat st;
-	int err = 0;
+	sigset_t set;
+	int error;
+	FILE *f;
 
+	if (!whole)
+		whole = xasprintf("%s", path);
+	part = stat(whole, &st) || S_ISREG(st.st_mode) ? xasprintf("%s.cowctl-part", whole) : NULL;
+	stop_signals(&set);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	f = fopen(part ?: whole, "we");
+	error = f ? 0 : errno;
 	if (f) {
 		print_svg(f, cow, drawing);
-		failed = ferror(f);
-		failed = fclose(f) || failed;
+		if (fflush(f) || ferror(f))
+			error = errno ?: EIO;
+		if (fclose(f) && !error)
+			error = errno;
 	}
-	if (failed)
-		err = fail(-errno, "cannot write %s: %m", path);
-	if (failed && f && !lstat(path, &st) && S_ISREG(st.st_mode))
-		unlink(path);
-	return err;
+	if (part && !error && rename(part, whole))
+		error = errno;
+	if (part && error)
+		unlink(part);
+	sigprocmask(SIG_UNBLOCK, &set, NULL);
+	free(part);
+	free(whole);
+	return error ? fail(io_error(error), "cannot write %s: %s", path, strerror(error)) : 0;
 }
 
 int cmd_map(const struct args *args)

@@ -24,15 +24,18 @@
 /*
  * One command at a time for a name. The lock goes with its last descriptor, so
  * nothing of it has to be cleared away. From here on the signals that ask us to
- * stop are held back, see interrupted().
+ * stop are held back, see interrupted(); while it waits they end us.
  *
  * Return: the descriptor that holds the lock, or -errno; -EBUSY, in silence, when
- * it is taken and @wait is false.
+ * it is taken and not to be waited for.
  */
-int lock_slot(const char *slot, bool wait)
+int lock_slot(const char *slot, enum lock how)
 {
-	struct flock lock = { .l_type = F_WRLCK, .l_len = 1 };
+	struct flock lock = {
+		.l_type = how == LOCK_SHARE ? F_RDLCK : F_WRLCK, .l_len = 1,
+	};
 	uint64_t hash = UINT64_C(14695981039346656037);
+	bool wait = how == LOCK_WAIT;
 	sigset_t set;
 	int fd;
 
@@ -43,6 +46,9 @@ int lock_slot(const char *slot, bool wait)
 	if (mkdir(RUN_DIR, 0755) && errno != EEXIST)
 		return fail(-errno, "cannot make " RUN_DIR ": %m");
 	fd = open(RUN_DIR "/lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	stop_signals(&set);
+	if (wait)
+		sigprocmask(SIG_UNBLOCK, &set, NULL);
 	if (fd < 0 || fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) {
 		if (fd >= 0 && !wait && (errno == EAGAIN || errno == EACCES)) {
 			close(fd);
@@ -50,14 +56,23 @@ int lock_slot(const char *slot, bool wait)
 		}
 		return fail(-errno, "cannot lock " RUN_DIR "/lock: %m");
 	}
-	stop_signals(&set);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	return fd;
 }
 
 int lock_name(const struct args *args)
 {
-	return lock_slot(args->mangled, true);
+	return lock_slot(args->mangled, LOCK_WAIT);
+}
+
+/* Who is going to write to a device has it alone, those who base copies on it share it. */
+int lock_device(dev_t dev, enum lock how)
+{
+	char *slot = xasprintf("/dev/block/%u:%u", major(dev), minor(dev));
+	int fd = lock_slot(slot, how);
+
+	free(slot);
+	return fd;
 }
 
 /* Return: whether block device @inner is @outer or one of its partitions. */
@@ -202,9 +217,25 @@ int open_base(const char *text, const char *slot, int lock_fd, struct base *base
 	if (fstat(base->fd, &st) || ioctl(base->fd, BLKGETSIZE64, &base->bytes))
 		return fail(-errno, "cannot get the size of base %s: %m", text);
 	base->dev = st.st_rdev;
+	base->lock = lock_device(base->dev, LOCK_SHARE);
+	if (base->lock == -EBUSY)
+		return fail(-EBUSY, "base %s is just being changed by \"cowctl commit\"", text);
+	if (base->lock < 0)
+		return base->lock;
 	if (!base->bytes)
 		return fail(-EIO, "base %s is empty", text);
 	return 0;
+}
+
+/* A mapped device keeps it from here on. */
+void close_base(struct base *base)
+{
+	if (base->fd >= 0)
+		close(base->fd);
+	if (base->lock >= 0)
+		close(base->lock);
+	base->fd = -1;
+	base->lock = -1;
 }
 
 /* A key that takes a size, a part of the RAM or none; none where it is not given. */
@@ -247,7 +278,8 @@ int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
 		return 0;
 	err = parse_size(text, bytes);
 	if (err == -ERANGE || (!err && (!*bytes || *bytes > INT64_MAX - BLOCK_BYTES)))
-		return fail(-EINVAL, "%s=%s is out of range", key_name(key), text);
+		return fail(-EINVAL, "%s=%s is out of range: from 1 byte to 8 EiB", key_name(key),
+			    text);
 	if (err)
 		return fail(-EINVAL, "%s=%s is no size (20G, 512M)", key_name(key), text);
 	return 0;
@@ -262,7 +294,7 @@ int parse_number(const struct args *args, enum key key, uint64_t *number)
 	if (!text || (!parse_size(text, number) && *number && *number <= UINT32_MAX &&
 		      strspn(text, "0123456789") == strlen(text)))
 		return 0;
-	return fail(-EINVAL, "%s=%s is no number from 1 on", key_name(key), text);
+	return fail(-EINVAL, "%s=%s is no number from 1 to %u", key_name(key), text, UINT32_MAX);
 }
 
 /* Seconds; @ms stays as it is where they are not given. */
@@ -272,7 +304,8 @@ int parse_time(const struct args *args, enum key key, uint64_t least_ms, uint64_
 	int err = text ? parse_seconds(text, ms) : 0;
 
 	if (err == -ERANGE || (!err && text && *ms < least_ms))
-		return fail(-EINVAL, "%s=%s is out of range", key_name(key), text);
+		return fail(-EINVAL, "%s=%s is out of range: from %g seconds to a year", key_name(key),
+			    text, least_ms / 1000.0);
 	return err ? fail(-EINVAL, "%s=%s is no number of seconds (10, 0.5)", key_name(key),
 			  text) : 0;
 }
@@ -373,7 +406,7 @@ static int add_services(const struct args *args, const struct shape *shape,
 	if (!err && shape->watched)
 		err = watch_start(&cow, shape->watched);
 	if (!err && shape->partitions)
-		err = parts_map(cow.path);
+		err = parts_map(cow.path, false);
 	if (!err && holes)
 		holes_start(cow.mangled, cow.uuid, base->text, base->bytes);
 	return err;
@@ -392,7 +425,7 @@ static int take_down(const struct args *args, const struct cow *cow)
 		err = dm_remove(args);
 	if (err) {
 		if (n)
-			parts_map(cow->path);
+			parts_map(cow->path, true);
 		return err;
 	}
 	holes_stop(args->mangled);
@@ -615,7 +648,7 @@ void print_json(struct json_object *object)
 int report(const struct args *args)
 {
 	struct cow cow;
-	int err = dm_find(args->mangled, &cow);
+	int err = find_cow(args, &cow);
 
 	if (err)
 		return err;
@@ -626,13 +659,12 @@ int report(const struct args *args)
 	return 0;
 }
 
-/* Closes the base, which the mapped device keeps from here on; without, it goes. */
 static int create_on(const struct args *args, const struct shape *shape, struct base *base)
 {
 	int err = interrupted() ? -EINTR : make_device(args, shape, base);
 	struct cow cow;
 
-	close(base->fd);
+	close_base(base);
 	if (err)
 		return err;
 	err = add_services(args, shape, base);
@@ -645,7 +677,7 @@ static int create_on(const struct args *args, const struct shape *shape, struct 
 
 int cmd_create(const struct args *args)
 {
-	struct base base = { .fd = -1 };
+	struct base base = NO_BASE;
 	struct shape shape;
 	int lock, err;
 
@@ -667,8 +699,7 @@ int cmd_create(const struct args *args)
 	err = open_base(args->value[KEY_BASE], args->mangled, lock, &base);
 	if (!err)
 		err = create_on(args, &shape, &base);
-	else if (base.fd >= 0)
-		close(base.fd);
+	close_base(&base);
 	if (err)
 		nbd_release(args->mangled);
 	else
@@ -1079,7 +1110,7 @@ static int reset_locked(const struct args *args, bool force)
 		err = parts_unmap(cow.path);
 	if (!err)
 		err = reset_device(args, &cow, force);
-	return n ? parts_map(cow.path) ?: err : err;
+	return n ? parts_map(cow.path, true) ?: err : err;
 }
 
 int cmd_reset(const struct args *args)

@@ -10,7 +10,6 @@
 #include <json-c/json.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
-#include <linux/loop.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +27,7 @@ struct commit {
 	const struct args *args;
 	const char *path;		/* of the target */
 	int fd;
+	int lock;			/* of a device */
 	struct stat st;
 	uint64_t bytes;			/* of the target */
 	bool force;
@@ -40,35 +40,21 @@ struct commit {
 	bool show;
 };
 
-/* Return: whether the loop device @dev is attached to the file. */
-static bool attached_to(const char *dev, const struct stat *st)
-{
-	int fd = open(dev, O_RDONLY | O_CLOEXEC);
-	struct loop_info64 info;
-	bool same = fd >= 0 && !ioctl(fd, LOOP_GET_STATUS64, &info) &&
-		    info.lo_inode == st->st_ino && info.lo_device == st->st_dev;
-
-	if (fd >= 0)
-		close(fd);
-	return same;
-}
-
-/* Return: the number of a loop device that is attached to the file, or 0. */
-static dev_t find_loop(const struct stat *st)
+/* Return: the number of a loop device that is attached to the file, other than @but, or 0. */
+static dev_t find_loop(const struct stat *file, dev_t but)
 {
 	DIR *dir = opendir("/sys/block");
 	struct dirent *entry;
 	dev_t found = 0;
 
 	while (dir && !found && (entry = readdir(dir))) {
-		char *path = xasprintf("/sys/block/%s/loop/backing_file", entry->d_name);
-		char *dev = xasprintf("/dev/%s", entry->d_name);
-		struct stat loop;
+		char *path = xasprintf("/dev/%s", entry->d_name);
+		struct stat loop, its;
 
-		if (!strncmp(entry->d_name, "loop", 4) && !access(path, F_OK) &&
-		    attached_to(dev, st) && !stat(dev, &loop))
+		if (!strncmp(entry->d_name, "loop", 4) && !stat(path, &loop) &&
+		    loop.st_rdev != but && loop_file(loop.st_rdev, &its) &&
+		    its.st_dev == file->st_dev && its.st_ino == file->st_ino)
 			found = loop.st_rdev;
-		free(dev);
 		free(path);
 	}
 	if (dir)
@@ -106,11 +92,21 @@ static int check_base_target(struct commit *commit, dev_t base)
 static int open_device(struct commit *commit, const struct cow *cow)
 {
 	dev_t dev = commit->st.st_rdev, base = makedev(cow->table.major, cow->table.minor);
-	dev_t live = makedev(cow->major, cow->minor);
+	dev_t live = makedev(cow->major, cow->minor), other = 0;
+	struct stat file;
 	char *where;
 	int err = 0;
 
-	if (dev == base)
+	commit->lock = lock_device(dev, LOCK_TRY);
+	if (commit->lock < 0)
+		return commit->lock != -EBUSY ? commit->lock :
+		       fail(-EBUSY, "%s is just being used by another cowctl", commit->path);
+	if (loop_file(dev, &file))
+		other = find_loop(&file, dev);
+	if (other)
+		err = fail_in_use(commit, "is the same file as",
+				  device_path(major(other), minor(other)));
+	else if (dev == base)
 		err = check_base_target(commit, base);
 	else if (stands_on(NULL, dev, &live))
 		err = fail(-EBUSY, "%s is %s itself, or made of it", commit->path,
@@ -136,18 +132,20 @@ static int open_device(struct commit *commit, const struct cow *cow)
 static int open_file(struct commit *commit, const struct cow *cow)
 {
 	struct flock whole = { .l_type = F_WRLCK };
-	dev_t base = makedev(cow->table.major, cow->table.minor), loop = find_loop(&commit->st);
-	int err = 0;
+	dev_t base = makedev(cow->table.major, cow->table.minor), other;
+	struct stat file;
 
-	if (loop && loop == base)
-		err = check_base_target(commit, base);
-	else if (loop)
-		err = fail_in_use(commit, "is attached to", device_path(major(loop), minor(loop)));
-	if (err)
-		return err;
+	/* Who wants it as a base sees from now on that it is open. */
 	commit->fd = open(commit->path, O_RDWR | O_CLOEXEC);
 	if (commit->fd < 0)
 		return fail(-errno, "cannot open %s: %m", commit->path);
+	other = find_loop(&commit->st, base);
+	if (other)
+		return fail_in_use(commit, "is attached to",
+				   device_path(major(other), minor(other)));
+	if (loop_file(base, &file) && file.st_dev == commit->st.st_dev &&
+	    file.st_ino == commit->st.st_ino && check_base_target(commit, base))
+		return -EBUSY;
 	/* A virtual machine that has it locks some of it; file systems need not know locks. */
 	if (fcntl(commit->fd, F_OFD_SETLK, &whole) && (errno == EAGAIN || errno == EACCES))
 		return fail(-EBUSY, "%s is in use by another program", commit->path);
@@ -295,7 +293,7 @@ static int write_changes(struct commit *commit)
 static void report_commit(const struct commit *commit)
 {
 	struct json_object *object;
-	char written[16], zeroed[16];
+	char written[16], zeroed[16], *path;
 
 	if (!commit->args->json) {
 		printf("%s: %s written, %s zeroed\n", commit->path,
@@ -303,19 +301,21 @@ static void report_commit(const struct commit *commit)
 		       human_size(commit->sums[ZEROED], zeroed));
 		return;
 	}
+	path = realpath(commit->path, NULL);
 	object = json_object_new_object();
 	json_object_object_add(object, "name", json_object_new_string(commit->view.cow.name));
-	json_object_object_add(object, "file", json_object_new_string(commit->path));
+	json_object_object_add(object, "file", json_object_new_string(path ?: commit->path));
 	json_object_object_add(object, "written", json_object_new_uint64(commit->sums[WRITTEN]));
 	json_object_object_add(object, "zeroed", json_object_new_uint64(commit->sums[ZEROED]));
 	print_json(object);
+	free(path);
 }
 
 int cmd_commit(const struct args *args)
 {
 	struct commit commit = {
-		.args = args, .path = args->value[KEY_TO], .fd = -1, .view.fd = -1, .shown = -1,
-		.show = !args->json && isatty(STDOUT_FILENO),
+		.args = args, .path = args->value[KEY_TO], .fd = -1, .lock = -1,
+		.view.fd = -1, .shown = -1, .show = !args->json && isatty(STDOUT_FILENO),
 	};
 	int err = parse_flag(args, KEY_FORCE, false, &commit.force);
 
@@ -335,6 +335,8 @@ int cmd_commit(const struct args *args)
 	view_close(&commit.view);
 	if (commit.fd >= 0)
 		close(commit.fd);
+	if (commit.lock >= 0)
+		close(commit.lock);
 	free(commit.buf);
 	if (!err)
 		report_commit(&commit);

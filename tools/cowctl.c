@@ -266,8 +266,8 @@ static int parse_key(const struct command *command, const char *text, struct arg
 	words[n] = NULL;
 	guess = name ? nearest(name, words) : NULL;
 	err = fail(-EINVAL, guess ? "%s does not know %s=; did you mean %s=?" :
-		   "%s does not know %s=; see \"cowctl --help\"",
-		   command->name, name ?: text, guess);
+		   "%s does not know %s=; see \"cowctl help %s\"", command->name, name ?: text,
+		   guess ?: command->name);
 out:
 	free(name);
 	return err;
@@ -389,7 +389,7 @@ static int run_command(char **words, struct args *args, bool want_help)
 		return err;
 	if (geteuid())
 		return fail(-EPERM, "%s: you must be root to do this", command->name);
-	umask(022);
+	args->umask = umask(022);
 	complete_path();
 	dm_init();
 	return command->run(args);

@@ -87,6 +87,7 @@ struct args {
 	bool prometheus;
 	bool watch;
 	bool named;			/* NAME was given */
+	mode_t umask;			/* that we were started with */
 	char **command;			/* what follows --, or NULL */
 };
 
@@ -208,6 +209,8 @@ struct run {
 };
 
 int run(struct run *run);
+int hold_file(int fd);
+bool still_held(int fd);
 int64_t now_ms(void);
 
 /* dm.c */
@@ -261,6 +264,8 @@ void dm_cancel_remove(const char *mangled);
 /* loop.c */
 
 int loop_attach(const char *path, char dev[PATH_MAX]);
+struct stat;
+bool loop_file(dev_t dev, struct stat *file);
 
 /* nbd.c */
 
@@ -280,7 +285,7 @@ struct part {
 };
 
 int parts_find(const struct cow *cow, struct part **parts);
-int parts_map(const char *path);
+int parts_map(const char *path, bool finish);
 int parts_unmap(const char *path);
 
 /* helper.c: processes that work for a device in the background */
@@ -328,15 +333,23 @@ char *find_plugin(void);
 struct base {
 	const char *text;		/* as the user gave it */
 	int fd;				/* of the block device */
+	int lock;			/* see lock_device() */
 	dev_t dev;
 	uint64_t bytes;
 };
 
-int lock_slot(const char *slot, bool wait);
+#define NO_BASE	{ .fd = -1, .lock = -1 }
+
+/* How to take a lock; only the first waits for it. */
+enum lock { LOCK_WAIT, LOCK_TRY, LOCK_SHARE };
+
+int lock_slot(const char *slot, enum lock how);
+int lock_device(dev_t dev, enum lock how);
 int lock_name(const struct args *args);
 int find_cow(const struct args *args, struct cow *cow);
 int check_base(const char *text);
 int open_base(const char *text, const char *slot, int lock_fd, struct base *base);
+void close_base(struct base *base);
 int parse_blocks(const struct args *args, enum key key, uint64_t *blocks);
 int parse_flag(const struct args *args, enum key key, bool fallback, bool *flag);
 int parse_features(const struct args *args, struct cow_table *table, const char **watched);

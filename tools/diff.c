@@ -58,7 +58,7 @@ static int parse_output(const char *path, struct output *output)
 		return fail(-errno, "cannot find the directory of %s: %m", path);
 	output->part = xasprintf("%s/.%s.cowctl-part", output->dir, name);
 	output->final = xasprintf("%s/%s", output->dir, name);
-	output->lock = lock_slot(output->final, false);
+	output->lock = lock_slot(output->final, LOCK_TRY);
 	if (output->lock == -EBUSY)
 		return fail(-EBUSY, "%s is just being written by another cowctl", path);
 	if (output->lock < 0)
@@ -297,8 +297,12 @@ int cmd_diff(const struct args *args)
 
 	if (!args->file)
 		return fail(-EINVAL, "diff: the file to make is missing; see \"cowctl help diff\"");
-	if (!printable(args->file) || !printable(args->value[KEY_FORMAT] ?: ""))
-		return fail(-EINVAL, "the name of the file or format cannot be printed");
+	if (!printable(args->file))
+		return fail(-EINVAL, "the name of the file, %s, cannot be printed", args->file);
+	if (!printable(args->value[KEY_FORMAT] ?: ""))
+		return fail(-EINVAL, "format=%s cannot be printed", args->value[KEY_FORMAT]);
+	if (args->value[KEY_FORMAT] && !args->value[KEY_BACKING])
+		return fail(-EINVAL, "diff: format= is that of backing=, which is missing");
 	err = parse_output(args->file, &diff.output) ?: view_open(args, &diff.view);
 	if (!err)
 		err = choose_backing(&diff);
@@ -323,6 +327,7 @@ struct load {
 	struct cow cow;
 	struct image image;
 	int fd;				/* of the device */
+	bool held;			/* nobody can have changed the file, see hold_file() */
 	uint64_t sums[KINDS];
 	int shown;
 	bool show;
@@ -369,7 +374,9 @@ static int check_backing(const struct load *load, struct json_object *info, bool
 {
 	const char *backing =
 		json_object_get_string(json_object_object_get(info, "backing-filename"));
-	uint64_t base_bytes = load->cow.status.base_size_sectors * SECTOR_BYTES;
+	const char *format =
+		json_object_get_string(json_object_object_get(info, "backing-filename-format"));
+	uint64_t base_bytes = load->cow.status.base_size_sectors * SECTOR_BYTES, bytes = 0;
 	char *source = base_source(&load->cow), *image = realpath(load->image.path, NULL);
 	struct stat backing_st, source_st;
 	char *path = NULL;
@@ -383,14 +390,16 @@ static int check_backing(const struct load *load, struct json_object *info, bool
 		path = xasprintf("%.*s%s", (int)(strrchr(image, '/') - image + 1), image, backing);
 	if (!strcmp(path, source))
 		goto out;
-	if (strstr(path, "://") || stat(path, &backing_st))
-		warn("%s was saved on top of %s; %s must have the same content", load->image.path,
-		     backing, source);
-	else if (!stat(source, &source_st) && source_st.st_dev == backing_st.st_dev &&
-		 source_st.st_ino == backing_st.st_ino)
-		goto out;
-	else if (S_ISREG(backing_st.st_mode) &&
-		 (uint64_t)backing_st.st_size / SECTOR_BYTES * SECTOR_BYTES != base_bytes)
+	if (!strstr(path, "://") && !stat(path, &backing_st)) {
+		if (!stat(source, &source_st) && source_st.st_dev == backing_st.st_dev &&
+		    source_st.st_ino == backing_st.st_ino)
+			goto out;
+		if (S_ISBLK(backing_st.st_mode))
+			bytes = device_bytes(backing_st.st_rdev);
+		else if (S_ISREG(backing_st.st_mode) && !strcmp(format ?: "raw", "raw"))
+			bytes = backing_st.st_size;
+	}
+	if (bytes && bytes / SECTOR_BYTES * SECTOR_BYTES != base_bytes)
 		err = fail(-EIO, "%s was saved on top of %s, not as large as %s; or say force=true",
 			   load->image.path, backing, source);
 	else
@@ -440,6 +449,9 @@ static int copy_in(struct load *load)
 	if (load->shown >= 0)
 		end_progress(load->shown);
 	err = image_end(&load->image, err);
+	if (!err && load->held && !still_held(load->image.fd))
+		err = fail(-EBUSY, "%s was opened for writing by another program",
+			   load->image.path);
 	if (!err && fsync(load->fd))
 		err = fail(-errno, "cannot write to %s: %m", load->args->name);
 	return err;
@@ -484,12 +496,13 @@ static int load_locked(struct load *load, bool force)
 	if (err)
 		return err;
 	err = load_device(load);
-	return n ? parts_map(load->cow.path) ?: err : err;
+	return n ? parts_map(load->cow.path, true) ?: err : err;
 }
 
 static int open_input(struct load *load)
 {
 	struct stat st;
+	int err;
 
 	load->image.path = load->args->file;
 	load->image.fd = open(load->args->file, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -497,6 +510,11 @@ static int open_input(struct load *load)
 		return fail(-errno, "cannot open %s: %m", load->args->file);
 	if (fstat(load->image.fd, &st) || (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)))
 		return fail(-EIO, "%s is no file", load->args->file);
+	/* What is checked is to be what is read then. */
+	err = hold_file(load->image.fd);
+	if (err == -EBUSY)
+		return fail(err, "%s is open for writing in another program", load->args->file);
+	load->held = !err;
 	return 0;
 }
 

@@ -57,11 +57,12 @@ static const char *reason(const char *message)
 /* The image without what it names: neither its backing file nor others are opened. */
 static char *alone(int fd, const char *more)
 {
-	static const char options[] =
-		"\"driver\":\"qcow2\",\"backing\":null,\"file.driver\":\"file\"";
+	static const char options[] = "\"driver\":\"qcow2\",\"backing\":null";
+	struct stat st;
+	bool device = !fstat(fd, &st) && S_ISBLK(st.st_mode);
 
-	return xasprintf("json:{%s%s,\"file.filename\":\"/proc/self/fd/%d\"}",
-			 options, more, fd);
+	return xasprintf("json:{%s%s,\"file.driver\":\"%s\",\"file.filename\":\"/proc/self/fd/%d\"}",
+			 options, more, device ? "host_device" : "file", fd);
 }
 
 static int to_file(void *arg)
@@ -113,6 +114,8 @@ int image_create(struct image *image, uint64_t bytes, const char *backing, const
 
 	if (ret > 0 && strstr(message, "extended_l2"))
 		ret = fail(-ENOPKG, "qemu-img is too old; it must be of QEMU 5.2 or newer");
+	else if (ret > 0 && strstr(message, "backing-fmt"))
+		ret = fail(-EINVAL, "format=%s is none that qemu-img knows (raw, qcow2)", format);
 	else if (ret > 0)
 		ret = fail(-EIO, "cannot make %s: %s", image->path, reason(message));
 	image->bytes = bytes;

@@ -10,8 +10,11 @@
 #include <fcntl.h>
 #include <linux/loop.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -51,6 +54,26 @@ static int attach_free(int control, const struct loop_config *config, char dev[P
 	}
 }
 
+/* Return: whether @dev is a loop device; of its file what tells it from others is set. */
+bool loop_file(dev_t dev, struct stat *file)
+{
+	char *path = xasprintf("/dev/loop%u", minor(dev));
+	struct loop_info64 info;
+	struct stat st;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	bool found = fd >= 0 && !fstat(fd, &st) && st.st_rdev == dev &&
+		     !ioctl(fd, LOOP_GET_STATUS64, &info);
+
+	if (found) {
+		file->st_dev = info.lo_device;
+		file->st_ino = info.lo_inode;
+	}
+	if (fd >= 0)
+		close(fd);
+	free(path);
+	return found;
+}
+
 /*
  * Return: a descriptor that keeps the loop device for @path, named in @dev, or
  * -errno. Once a mapped device uses it, the descriptor may be closed.
@@ -67,6 +90,11 @@ int loop_attach(const char *path, char dev[PATH_MAX])
 		return fail(-errno, "cannot open base %s: %m", path);
 	config.fd = file;
 	snprintf((char *)config.info.lo_file_name, sizeof(config.info.lo_file_name), "%s", path);
+	/* Not for longer than it takes to be seen as its user. */
+	if (hold_file(file) == -EBUSY) {
+		close(file);
+		return fail(-EBUSY, "base %s is open for writing in another program", path);
+	}
 	control = open_control();
 	if (control < 0) {
 		fd = fail(-ENOPKG, "this kernel has no loop devices (the module loop)");
@@ -76,6 +104,7 @@ int loop_attach(const char *path, char dev[PATH_MAX])
 			fail(fd, "cannot attach base %s to a loop device: %s", path, strerror(-fd));
 		close(control);
 	}
+	fcntl(file, F_SETLEASE, F_UNLCK);
 	close(file);
 	return fd;
 }

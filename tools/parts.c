@@ -73,10 +73,13 @@ static int kpartx(const char *what, const char *path, bool finish)
 		    kpartx.message[0] ? kpartx.message : "no reason given");
 }
 
-/* Makes, changes and removes devices, until they are as the partitions are now. */
-int parts_map(const char *path)
+/*
+ * Makes, changes and removes devices, until they are as the partitions are now; with
+ * @finish, whoever wants us to stop.
+ */
+int parts_map(const char *path, bool finish)
 {
-	return kpartx("-u", path, false);
+	return kpartx("-u", path, finish);
 }
 
 int parts_unmap(const char *path)

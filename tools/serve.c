@@ -326,7 +326,7 @@ static int prepare(struct server *server, int lock)
 
 int cmd_serve(const struct args *args)
 {
-	struct server server = { .args = args, .base.fd = -1, .keeper_fd = -1,
+	struct server server = { .args = args, .base = NO_BASE, .keeper_fd = -1,
 				 .pid_fd = -1 };
 	int err = parse_args(&server), lock;
 
@@ -339,7 +339,7 @@ int cmd_serve(const struct args *args)
 		return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
 			    "it comes with cowctl");
 	snprintf(server.slot, sizeof(server.slot), "%s~serve", args->mangled);
-	lock = lock_slot(server.slot, false);
+	lock = lock_slot(server.slot, LOCK_TRY);
 	if (lock == -EBUSY)
 		fail(lock, "another serve of the name %s is running", args->name);
 	if (lock < 0) {
@@ -353,10 +353,9 @@ int cmd_serve(const struct args *args)
 	holes_stop(server.slot);
 	if (server.keeper_fd >= 0)
 		close(server.keeper_fd);
-	if (server.base.fd >= 0) {
+	if (server.base.fd >= 0)
 		wait_for_base(&server.base);
-		close(server.base.fd);
-	}
+	close_base(&server.base);
 	nbd_release(server.slot);
 	free(server.plugin);
 	close(lock);

@@ -359,6 +359,30 @@ static int run_wait(struct run *run, int pid_fd, int err_fd)
 	return err;
 }
 
+static void nothing(int signal)
+{
+	(void)signal;
+}
+
+/*
+ * Sees to it that nobody writes to a file, if its file system can tell.
+ * Return: 0 then, -EBUSY if somebody has it open for that, or another -errno.
+ */
+int hold_file(int fd)
+{
+	struct sigaction action = { .sa_handler = nothing, .sa_flags = SA_RESTART };
+
+	/* what tells that somebody wants to; he is made to wait for some time */
+	sigaction(SIGIO, &action, NULL);
+	return !fcntl(fd, F_SETLEASE, F_RDLCK) ? 0 : errno == EAGAIN ? -EBUSY : -errno;
+}
+
+/* Whether nobody has opened a file for writing since hold_file() returned 0. */
+bool still_held(int fd)
+{
+	return fcntl(fd, F_GETLEASE) == F_RDLCK;
+}
+
 /*
  * Runs a program without a shell, with no input and its output discarded.
  *

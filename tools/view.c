@@ -6,7 +6,8 @@
  * The device is suspended around that instant, so that a file system on it is as a
  * snapshot has it. A child sees to this, so that nothing that happens to cowctl can
  * leave the device suspended. The view goes away with us, however we end; only one
- * that is killed before it has opened its view leaves that to the next one's sweep.
+ * that is killed before it has opened its view, or when it has done with it, leaves
+ * that to the next one's sweep.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -213,6 +214,11 @@ void view_close(struct view *view)
 	close(view->fd);
 	view->fd = -1;
 	/* udev may look at it just now */
-	while (dm_server_remove(view->name, false) == -EBUSY && now_ms() < deadline)
+	while (dm_server_remove(view->name, false) == -EBUSY) {
+		if (now_ms() > deadline) {
+			dm_server_remove(view->name, true);
+			break;
+		}
 		poll(NULL, 0, LOOK_MS);
+	}
 }

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -37,7 +38,8 @@ static int parse(const struct args *args, struct wait *wait)
 		return fail(-EINVAL, "wait: the command after -- is missing");
 	err = parse_threshold(text, &wait->percent, &wait->bytes);
 	if (err)
-		return fail(-EINVAL, err == -ERANGE ? "threshold=%s is out of range" :
+		return fail(-EINVAL, err == -ERANGE ?
+			    "threshold=%s is out of range: from 1 byte, or 1%% to 100%%" :
 			    "threshold=%s is neither a size (4G) nor a percentage (80%%)", text);
 	return parse_time(args, KEY_TIMEOUT, 0, &wait->timeout_ms);
 }
@@ -108,6 +110,7 @@ static int run_command(const struct wait *wait, const struct cow *cow, const sig
 	fflush(stdout);
 	dm_close();
 	sigprocmask(SIG_SETMASK, mask, NULL);
+	umask(wait->args->umask);
 	execvp(*command, command);
 	err = errno == ENOENT ? -ENOPKG : -errno;
 	return fail(err, "cannot run %s: %m", *command);
@@ -135,6 +138,6 @@ int cmd_wait(const struct args *args)
 	close(signals);
 	close(events);
 	if (!err && args->json)
-		err = report(args);
+		print_json(describe(&cow));
 	return err || !args->command ? err : run_command(&wait, &cow, &mask);
 }
