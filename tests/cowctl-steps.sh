@@ -496,7 +496,7 @@ waits_for_lock()
 meet()
 {
 	local -a first second
-	local tracer pid='' one=0 two=0 call=${2%=*}
+	local tracer pid one=0 two=0 call=${2%=*}
 
 	read -ra first <<<"$1"
 	read -ra second <<<"$4"
@@ -505,8 +505,7 @@ meet()
 		cowctl "${first[@]}" >"$work/first" 2>&1 &
 	tracer=$!
 	wait_until 60 grep -qs 'stopped by SIGSTOP' "$work/trace"
-	# a line without an end
-	read -r pid <"/proc/$tracer/task/$tracer/children" || [ -n "$pid" ]
+	pid=$(pgrep -P $tracer)
 	undo_list+=("kill -CONT $pid 2>/dev/null || :")
 	cowctl "${second[@]}" >"$work/second" 2>&1 &
 	second=("$!")
