@@ -20,7 +20,9 @@ fixture()
 	unguard /dev/ram1
 	need_module dm-delay
 	make_dm test-fast "0 $sectors linear /dev/ram0 0"
-	make_dm test-twin "0 $sectors linear /dev/ram0 0"
+	# a queue of requests, which are merged on their way
+	make_loop /dev/ram0 --read-only
+	make_dm test-twin "0 $sectors linear $REPLY 0"
 	make_dm test-slow "0 1024 delay /dev/ram0 0 1
 1024 130304 linear /dev/ram0 1024
 131328 $((sectors - 131328)) delay /dev/ram0 131328 1"
