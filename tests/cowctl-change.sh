@@ -136,7 +136,7 @@ misses_kpartx()
 serve()
 {
 	undo rm -f "$work/$1"
-	start_nbdkit "$work/$1" file "$2"
+	start_nbdkit "$work/$1" -r file "$2"
 	undo sweep
 	REPLY="nbd+unix:///?socket=$work/$1"
 }

@@ -127,7 +127,7 @@ serve_image()
 	make_image "$1"
 	shift
 	undo rm -f "$work"/{socket,socket.pid}
-	start_nbdkit "$work/socket" "$@" file "$work/disk.img"
+	start_nbdkit "$work/socket" -r "$@" file "$work/disk.img"
 	REPLY="nbd+unix:///?socket=$work/socket"
 }
 

@@ -433,7 +433,7 @@ base_is_away()
 	some_wait
 	all_gone
 	rm "$work/socket"
-	start_nbdkit "$work/socket" file "$work/disk.img"
+	start_nbdkit "$work/socket" -r file "$work/disk.img"
 	undo let_go
 	cowctl rebase test-cow base="$BASE" force=true holes=false
 	wait $reader

@@ -162,9 +162,9 @@ make_bases()
 	make_image_content
 	image=base=$work/disk.img
 	undo rm -f "$work"/{socket,socket.pid,tcp.pid}
-	start_nbdkit "$work/socket" file "$work/disk.img"
+	start_nbdkit "$work/socket" -r file "$work/disk.img"
 	uri="base=nbd+unix:///?socket=$work/socket"
-	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10999 file "$work/disk.img"
+	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10999 -r file "$work/disk.img"
 	tcp=base=nbd://127.0.0.1:10999
 	undo sweep
 }

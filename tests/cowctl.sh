@@ -114,7 +114,7 @@ copy_over_nbd()
 	done
 	image_is_unchanged
 
-	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10999 file "$work/disk.img"
+	run_nbdkit "$work/tcp.pid" -i 127.0.0.1 -p 10999 -r file "$work/disk.img"
 	for uri in nbd://127.0.0.1:10999 nbd://localhost:10999/any; do
 		cowctl create test-cow base="$uri"
 		io /dev/mapper/test-cow 'check 0 end .'
