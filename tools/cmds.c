@@ -294,7 +294,8 @@ int parse_number(const struct args *args, enum key key, uint64_t *number)
 	if (!text || (!parse_size(text, number) && *number && *number <= UINT32_MAX &&
 		      strspn(text, "0123456789") == strlen(text)))
 		return 0;
-	return fail(-EINVAL, "%s=%s is no number from 1 to %u", key_name(key), text, UINT32_MAX);
+	return fail(-EINVAL, "%s=%s is no number from 1 to %u", key_name(key), text,
+		    UINT32_MAX);
 }
 
 /* Seconds; @ms stays as it is where they are not given. */

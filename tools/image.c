@@ -58,11 +58,12 @@ static const char *reason(const char *message)
 static char *alone(int fd, const char *more)
 {
 	static const char options[] = "\"driver\":\"qcow2\",\"backing\":null";
+	static const char file[] = "\"file.filename\":\"/proc/self/fd";
 	struct stat st;
 	bool device = !fstat(fd, &st) && S_ISBLK(st.st_mode);
 
-	return xasprintf("json:{%s%s,\"file.driver\":\"%s\",\"file.filename\":\"/proc/self/fd/%d\"}",
-			 options, more, device ? "host_device" : "file", fd);
+	return xasprintf("json:{%s%s,\"file.driver\":\"%s\",%s/%d\"}", options, more,
+			 device ? "host_device" : "file", file, fd);
 }
 
 static int to_file(void *arg)
