@@ -305,8 +305,8 @@ int parse_time(const struct args *args, enum key key, uint64_t least_ms, uint64_
 	int err = text ? parse_seconds(text, ms) : 0;
 
 	if (err == -ERANGE || (!err && text && *ms < least_ms))
-		return fail(-EINVAL, "%s=%s is out of range: from %g seconds to a year", key_name(key),
-			    text, least_ms / 1000.0);
+		return fail(-EINVAL, "%s=%s is out of range: from %g seconds to a year",
+			    key_name(key), text, least_ms / 1000.0);
 	return err ? fail(-EINVAL, "%s=%s is no number of seconds (10, 0.5)", key_name(key),
 			  text) : 0;
 }
