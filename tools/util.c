@@ -359,21 +359,18 @@ static int run_wait(struct run *run, int pid_fd, int err_fd)
 	return err;
 }
 
-static void nothing(int signal)
-{
-	(void)signal;
-}
-
 /*
  * Sees to it that nobody writes to a file, if its file system can tell.
  * Return: 0 then, -EBUSY if somebody has it open for that, or another -errno.
  */
 int hold_file(int fd)
 {
-	struct sigaction action = { .sa_handler = nothing, .sa_flags = SA_RESTART };
+	sigset_t set;
 
-	/* what tells that somebody wants to; he is made to wait for some time */
-	sigaction(SIGIO, &action, NULL);
+	/* It tells that somebody wants to, who is made to wait for some time. */
+	sigemptyset(&set);
+	sigaddset(&set, SIGIO);
+	sigprocmask(SIG_BLOCK, &set, NULL);
 	return !fcntl(fd, F_SETLEASE, F_RDLCK) ? 0 : errno == EAGAIN ? -EBUSY : -errno;
 }
 
