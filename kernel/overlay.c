@@ -1008,14 +1008,11 @@ static bool overlay_fits(struct nbdcow_overlay *ov, u64 nr_blocks)
  */
 bool nbdcow_overlay_fits(struct nbdcow_overlay *ov, sector_t sectors)
 {
-	unsigned int noio;
 	bool fits;
 
-	noio = memalloc_noio_save();
 	mutex_lock(&ov->mutex);
 	fits = overlay_fits(ov, DIV_ROUND_UP_ULL(sectors, NBDCOW_BLOCK_SECTORS));
 	mutex_unlock(&ov->mutex);
-	memalloc_noio_restore(noio);
 	return fits;
 }
 
