@@ -287,6 +287,15 @@ at_call()
 		-e "inject=$1:$2" "${@:3}"
 }
 
+# hold COMMAND...: runs it in the background, as $tracer, until strace has stopped it
+hold()
+{
+	rm -f "$work/trace"
+	"$@" &
+	tracer=$!
+	wait_until 30 grep -qs 'stopped by SIGSTOP' "$work/trace"
+}
+
 # disturbed SIGNAL WHERE...: comes at that step of a diff, which then leaves nothing that
 # the next one minds
 disturbed()
@@ -337,14 +346,12 @@ no_memory()
 	io $COW 'write 0 3M A'
 	undo cp "$work/total_limit" "$parameter"
 	cat "$parameter" >"$work/total_limit"
-	at_read signal=STOP cowctl diff test-cow a.qcow2 2>"$work/stderr" &
-	tracer=$!
-	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+	hold at_read signal=STOP cowctl diff test-cow a.qcow2 2>"$work/stderr"
 	is 'the niceness' "$(ps -o ni= -p "$(pgrep -x cowctl)" | tr -d ' ')" 10
 	echo $((3145728 + 65536)) >"$parameter"
 	io $COW 'write 0 128k B'
 	kill -CONT "$(pgrep -x cowctl)"
-	wait $tracer || rc=$?
+	wait "$tracer" || rc=$?
 	is 'the status' $rc 1
 	is 'what it said' "$(<"$work/stderr")" \
 		'cowctl: no memory to keep what is overwritten in test-cow'
@@ -663,26 +670,29 @@ bad_images()
 	cmp all $COW
 }
 
-# What was checked is not what is read: who wants to write to it is made to wait, and it
-# is told.
-changing_image()
+# Leaves a copy as fresh as its base, and what it was before as a.qcow2.
+begin_saved()
 {
-	local tracer rc=0
-
 	need strace
 	begin_here make_brd 2048
 	cowctl create test-cow base="$BASE"
 	io $COW 'write 0 2M A'
 	cowctl diff test-cow a.qcow2
 	cowctl reset test-cow
-	rm -f "$work/trace"
-	at_call pwrite64 signal=STOP:when=2 cowctl load test-cow a.qcow2 2>"$work/stderr" &
-	tracer=$!
-	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+}
+
+# What was checked is not what is read: who wants to write to it is made to wait, and it
+# is told.
+changing_image()
+{
+	local tracer rc=0
+
+	begin_saved
+	hold at_call pwrite64 signal=STOP:when=2 cowctl load test-cow a.qcow2 2>"$work/stderr"
 	dd if=/dev/zero of=a.qcow2 bs=1 count=1 conv=notrunc status=none &
 	wait_until 10 breaking
 	kill -CONT "$(pgrep -x cowctl)"
-	wait $tracer || rc=$?
+	wait "$tracer" || rc=$?
 	is 'the status' $rc 4
 	is 'what it said' "$(<"$work/stderr")" \
 		'cowctl: a.qcow2 was opened for writing by another program'
@@ -700,12 +710,7 @@ interrupted_load()
 {
 	local rc=0
 
-	need strace
-	begin_here make_brd 2048
-	cowctl create test-cow base="$BASE"
-	io $COW 'write 0 2M A'
-	cowctl diff test-cow a.qcow2
-	cowctl reset test-cow
+	begin_saved
 	(at_call pwrite64 signal=TERM:when=2 cowctl load test-cow a.qcow2) || rc=$?
 	is 'the status' $rc 143
 	status_is test-cow used=0 zeroed=0
@@ -793,14 +798,11 @@ commit_alone()
 	unguard "$BASE"
 	cowctl create test-cow base="$BASE"
 	io $COW 'write 0 2M A'
-	rm -f "$work/trace"
-	(at_read signal=STOP cowctl commit test-cow to="$BASE" force=true) &
-	tracer=$!
-	wait_until 30 grep -q 'stopped by SIGSTOP' "$work/trace"
+	hold at_read signal=STOP cowctl commit test-cow to="$BASE" force=true
 	says 4 'is just being changed by "cowctl commit"' cowctl create test-c2 base="$BASE"
 	says 4 'is just being used by another cowctl' cowctl commit test-cow to="$BASE" force=true
 	kill -CONT "$(pgrep -x cowctl)"
-	wait $tracer
+	wait "$tracer"
 	cmp $COW "$BASE"
 	cowctl create test-c2 base="$BASE"
 	cowctl remove test-c2
