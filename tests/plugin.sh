@@ -310,7 +310,8 @@ by_hand()
 	undo rm -f "$work/s" "$work/stderr"
 	refuses 'there is no device test-cno' test-cno
 	refuses 'per-client and per-export-name' base="$REPLY" per-client=1 per-export-name=1
-	refuses 'base= is missing' per-client=1
+	refuses 'per-client= is for overlays .* need base=' per-client=1
+	refuses 'limit= is for overlays' limit=1G
 	refuses 'cannot find base\|No such file' base=/no/such
 	refuses 'is no block device' base="$work"
 	refuses 'limit=x is no size' base="$REPLY" limit=x
@@ -326,7 +327,7 @@ by_hand()
 # export takes the plugin when it is there, else nbdkit's own.
 servers()
 {
-	local cowctl
+	local cowctl plugins
 
 	need nbdkit
 	begin make_brd 1024
@@ -337,7 +338,8 @@ servers()
 	cowctl export test-cow server=nbdkit
 	is 'the server' "$(member export.server test-cow)" nbdkit
 	cowctl unexport test-cow
-	[ ! -e "$(pkg-config nbdkit --variable=plugindir)/nbdkit-nbdcow-plugin.so" ] ||
+	plugins=$(pkg-config nbdkit --variable=plugindir)
+	[ ! -e "$plugins/nbdkit-nbdcow-plugin.so" ] ||
 		skip 'it is installed, too'
 	cowctl=$(realpath "$(command -v cowctl)")
 	cp "$cowctl" "$work/alone"
@@ -347,6 +349,15 @@ servers()
 	"$work/alone" unexport test-cow
 	says 6 'plugin nbdcow is not installed' "$work/alone" export test-cow server=nbdcow
 	says 6 'plugin nbdcow is not installed' "$work/alone" serve test-cow base="$REPLY"
+	# among those of nbdkit
+	undo rm -r "$work/plugins"
+	mkdir "$work/plugins"
+	cp "${cowctl%/*}/nbdkit-nbdcow-plugin.so" "$work/plugins"
+	# shellcheck disable=SC2016 # it is the script's
+	unshare -m bash -ec 'mount --bind "$1" "$2"
+		"$3" export test-cow' - "$work/plugins" "$plugins" "$work/alone"
+	is 'the server' "$(member export.server test-cow)" nbdcow
+	cowctl unexport test-cow
 }
 
 run_tests \

@@ -103,6 +103,24 @@ assert connect().pread(1 << 20, 0) == BASE'
 	stops TERM
 }
 
+# It waits for its own copies to go, and for nobody else.
+beside_a_copy()
+{
+	local start
+
+	begin_serve make_brd 4096
+	base=$REPLY
+	undo cowctl remove test-other
+	cowctl create test-other "base=$base"
+	serve base="$base" per-client=true
+	clients 'connect().pwrite(b"A" * 4096, 0)'
+	start=$SECONDS
+	kill "$server"
+	wait "$server"
+	between 'the seconds it took' $((SECONDS - start)) 0 8
+	is 'the copies' "$(dmsetup ls | awk '/^test-/ { print $1 }')" test-other
+}
+
 one_view()
 {
 	begin_serve make_image 4M
@@ -468,6 +486,7 @@ cannot_serve()
 
 run_tests \
 	private_views 'an overlay for each client' \
+	beside_a_copy 'another copy of the base does not hold up its end' \
 	one_view 'one overlay for all clients' \
 	export_names 'an overlay for each export name' \
 	limits 'limits, and the most clients' \

@@ -159,17 +159,23 @@ static int check_unused(const char *base, dev_t dev)
 		free(holders.other);
 		return err;
 	}
-	node = xasprintf("/dev/block/%u:%u", major(dev), minor(dev));
-	fd = open(access(node, F_OK) ? base : node, O_RDONLY | O_EXCL | O_CLOEXEC);
-	free(node);
 	/* Copies share their base, each other user has it alone. */
-	if (fd < 0 && !(errno == EBUSY && (holders.copies || holders.views)))
-		return fail(-errno, errno == EBUSY ?
-			    "base %s is in use, by swap, RAID or another program" :
-			    "cannot open base %s: %m", base);
-	if (fd >= 0)
+	if (holders.copies || holders.views)
+		return 0;
+	node = xasprintf("/dev/block/%u:%u", major(dev), minor(dev));
+	fd = open_alone(access(node, F_OK) ? base : node);
+	free(node);
+	if (fd >= 0) {
 		close(fd);
-	return 0;
+		return 0;
+	}
+	if (fd != -EBUSY)
+		return fail(fd, "cannot open base %s: %s", base, strerror(-fd));
+	/* Or a copy was just made. */
+	find_holders(dev, &holders);
+	free(holders.other);
+	return holders.copies ? 0 :
+	       fail(fd, "base %s is in use, by swap, RAID or another program", base);
 }
 
 /* What can be found wrong with base= before anything is done about it. */
@@ -278,8 +284,8 @@ int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
 		return 0;
 	err = parse_size(text, bytes);
 	if (err == -ERANGE || (!err && (!*bytes || *bytes > INT64_MAX - BLOCK_BYTES)))
-		return fail(-EINVAL, "%s=%s is out of range: from 1 byte to 8 EiB", key_name(key),
-			    text);
+		return fail(-EINVAL, "%s=%s is out of range: from 1 byte to less than 8 EiB",
+			    key_name(key), text);
 	if (err)
 		return fail(-EINVAL, "%s=%s is no size (20G, 512M)", key_name(key), text);
 	return 0;
@@ -307,8 +313,8 @@ int parse_time(const struct args *args, enum key key, uint64_t least_ms, uint64_
 	if (err == -ERANGE || (!err && text && *ms < least_ms))
 		return fail(-EINVAL, "%s=%s is out of range: from %g seconds to a year",
 			    key_name(key), text, least_ms / 1000.0);
-	return err ? fail(-EINVAL, "%s=%s is no number of seconds (10, 0.5)", key_name(key),
-			  text) : 0;
+	return err ? fail(-EINVAL, "%s=%s is no number of seconds, with at most 3 decimals (0.5)",
+			  key_name(key), text) : 0;
 }
 
 /* true, false, or a path that switches it; @path is NULL without one. */
@@ -380,6 +386,10 @@ static int make_device(const struct args *args, const struct shape *shape,
 
 	if (shape->round_up)
 		bytes += BLOCK_BYTES - 1;
+	else if (!shape->bytes && bytes >= BLOCK_BYTES && bytes % BLOCK_BYTES &&
+		 !args->value[KEY_ROUND])
+		warn("the last %d bytes of the base are left out; round=up keeps them",
+		     (int)(bytes % BLOCK_BYTES));
 	bytes -= bytes % BLOCK_BYTES;
 	if (!bytes)
 		return fail(-EINVAL, "%s would have no block of %d bytes; say round=up",
@@ -1129,27 +1139,26 @@ int cmd_reset(const struct args *args)
 	return err;
 }
 
-static void report_export(const struct args *args)
+/* Prints where it is served, and by what. */
+void report_server(const struct args *args, const char *server, const char *uri)
 {
 	struct json_object *object;
-	struct export export;
 
-	if (export_find(args->mangled, &export))
-		return;
 	if (!args->json) {
-		puts(export.uri);
+		puts(uri);
 		return;
 	}
 	object = json_object_new_object();
 	add_text(object, "name", xasprintf("%s", args->name));
-	add_text(object, "server", xasprintf("%s", export.server));
-	add_text(object, "uri", xasprintf("%s", export.uri));
+	add_text(object, "server", xasprintf("%s", server));
+	add_text(object, "uri", xasprintf("%s", uri));
 	print_json(object);
 }
 
 int cmd_export(const struct args *args)
 {
 	int lock = lock_name(args), err;
+	struct export export;
 	struct cow cow;
 
 	if (lock < 0)
@@ -1157,8 +1166,8 @@ int cmd_export(const struct args *args)
 	err = find_cow(args, &cow);
 	if (!err)
 		err = export_start(&cow, args);
-	if (!err)
-		report_export(args);
+	if (!err && !export_find(args->mangled, &export))
+		report_server(args, export.server, export.uri);
 	close(lock);
 	return err;
 }

@@ -192,6 +192,7 @@ int write_file(const char *path, const char *text);
 void tmpfs_from_environment(char path[PATH_MAX]);
 bool any_link(dev_t dev, const char *kind,
 	      bool (*call)(const char *name, dev_t dev, void *arg), void *arg);
+int open_alone(const char *path);
 void stop_signals(sigset_t *set);
 int open_stop_signals(void);
 bool interrupted(void);
@@ -326,7 +327,7 @@ int listen_check(const struct listen *listen, const char *name);
 char *run_path(const char *slot, const char *suffix);
 int write_run_file(const char *slot, const char *suffix, const char *text);
 void clear_away(const char *slot);
-char *find_plugin(void);
+int find_plugin(bool needed, char **plugin);
 
 /* cmds.c: what commands have in common */
 
@@ -360,6 +361,7 @@ char *device_path(unsigned int maj, unsigned int min);
 struct json_object;
 struct json_object *describe(const struct cow *cow);
 void print_json(struct json_object *object);
+void report_server(const struct args *args, const char *server, const char *uri);
 int report(const struct args *args);
 const char *key_name(enum key key);
 

@@ -21,6 +21,7 @@
 #include <sys/pidfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -244,7 +245,8 @@ int listen_parse(const struct args *args, struct listen *listen)
 	if (!full)
 		return fail(-errno, "cannot find the current directory: %m");
 	if (strlen(full) >= sizeof(listen->socket))
-		err = fail(-EINVAL, "%s is too long for a socket; say socket=PATH", full);
+		err = fail(-EINVAL, "%s is too long for a socket: more than %zu bytes; %s", full,
+			   sizeof(listen->socket) - 1, "say socket=PATH");
 	else if (!printable(full))
 		err = fail(-EINVAL, "socket=%s contains a character that cannot be printed", full);
 	else
@@ -275,30 +277,36 @@ static int write_conf(const char *path, const struct listen *listen)
 }
 
 /*
- * The plugin: beside cowctl, as in its build tree, or where nbdkit has its own.
- * Return: its path (to be freed), or NULL when it is not installed.
+ * What nbdkit is to load as our plugin, to be freed: the file beside cowctl, as in its
+ * build tree, or what nbdkit finds by that name. It is NULL when there is none and none
+ * is @needed. Return: 0, or -errno after a message.
  */
-char *find_plugin(void)
+int find_plugin(bool needed, char **plugin)
 {
-	static const char file[] = "nbdkit-nbdcow-plugin.so";
-	char *self = realpath("/proc/self/exe", NULL), *path = NULL;
+	static const char *const argv[] = { "nbdkit", "--dump-plugin", "nbdcow", NULL };
+	struct run dump = {
+		.argv = argv, .package = "nbdkit", .timeout_ms = START_MS, .keep_fd = -1,
+	};
+	char *self = realpath("/proc/self/exe", NULL);
+	int err;
 
+	*plugin = NULL;
 	if (self && strrchr(self, '/')) {
 		*strrchr(self, '/') = '\0';
-		path = xasprintf("%s/%s", self, file);
+		*plugin = xasprintf("%s/nbdkit-nbdcow-plugin.so", self);
 	}
 	free(self);
-#ifdef PLUGIN_DIR
-	if (!path || access(path, R_OK)) {
-		free(path);
-		path = xasprintf("%s/%s", PLUGIN_DIR, file);
-	}
-#endif
-	if (path && access(path, R_OK)) {
-		free(path);
-		path = NULL;
-	}
-	return path;
+	if (*plugin && !access(*plugin, R_OK))
+		return 0;
+	free(*plugin);
+	*plugin = NULL;
+	err = run(&dump);
+	if (!err)
+		*plugin = xasprintf("nbdcow");
+	else if (err > 0 && needed)
+		err = fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
+			   "it comes with cowctl");
+	return err < 0 ? err : 0;
 }
 
 static int spawn(const char *server, const char *plugin, const struct cow *cow,
@@ -384,16 +392,16 @@ int write_run_file(const char *slot, const char *suffix, const char *text)
 /* What serves it: what is asked for, or else our plugin, or without it nbdkit's. */
 static int choose_server(const struct args *args, const char **server, char **plugin)
 {
+	int err;
+
 	*server = args->value[KEY_SERVER];
 	*plugin = NULL;
 	if (!*server || !strcmp(*server, "nbdcow")) {
-		*plugin = find_plugin();
-		if (*server && !*plugin)
-			return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
-				    "it comes with cowctl");
+		err = find_plugin(*server, plugin);
 		*server = *plugin ? "nbdcow" : "nbdkit";
+		return err;
 	}
-	if (!*plugin && strcmp(*server, "nbdkit") && strcmp(*server, "nbd-server"))
+	if (strcmp(*server, "nbdkit") && strcmp(*server, "nbd-server"))
 		return fail(-EINVAL, "server=%s is neither nbdcow, nbdkit nor nbd-server",
 			    *server);
 	return 0;
@@ -434,8 +442,13 @@ int export_start(const struct cow *cow, const struct args *args)
 {
 	const char *server;
 	char *plugin;
+	char *where = mounted_on(makedev(cow->major, cow->minor));
 	int err = choose_server(args, &server, &plugin);
 
+	if (where)
+		warn("%s is mounted on %s; a client that writes to it destroys its file system",
+		     cow->name, where);
+	free(where);
 	if (!err)
 		err = start(cow, args, server, plugin);
 	free(plugin);

@@ -91,10 +91,10 @@ int nbd_release(const char *mangled)
 			.keep_fd = -1, .finish = true,
 		};
 
-		fd = open(link.dev, O_RDONLY | O_EXCL | O_CLOEXEC);
-		if (fd < 0 && errno == EBUSY)
-			return fail(-EBUSY, "%s stays connected to %s: somebody else uses it too",
-				    link.dev, link.uri);
+		fd = open_alone(link.dev);
+		if (fd == -EBUSY)
+			return fail(-EBUSY, "%s stays connected to %s, for somebody else %s",
+				    link.dev, link.uri, "uses it too; that has to end first");
 		if (fd >= 0)
 			close(fd);
 		err = run(&client);

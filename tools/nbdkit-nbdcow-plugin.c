@@ -51,6 +51,7 @@ static struct {
 	bool per_export_name;
 	unsigned int max_clients;
 	struct cow_table table;		/* of all overlays */
+	const char *overlay_key;	/* given, and for these only */
 } config = {
 	.name = "cow",
 	.max_clients = MAX_CLIENTS,
@@ -100,10 +101,17 @@ static int parse_blocks_of(const char *key, const char *value, uint64_t *blocks)
 	struct sysinfo info;
 
 	sysinfo(&info);
-	if (!parse_limit(value, (uint64_t)info.totalram * info.mem_unit, blocks))
+	switch (-parse_limit(value, (uint64_t)info.totalram * info.mem_unit, blocks)) {
+	case 0:
 		return 0;
-	nbdkit_error("%s=%s is no size (4G), percentage (25%%) or none", key, value);
-	return -1;
+	case ERANGE:
+		nbdkit_error("%s=%s is out of range: from %d bytes, or 1%% to 100%%", key, value,
+			     BLOCK_BYTES);
+		return -1;
+	default:
+		nbdkit_error("%s=%s is no size (4G), percentage (25%%) or none", key, value);
+		return -1;
+	}
 }
 
 static int parse_bool(const char *value, bool *flag)
@@ -124,6 +132,7 @@ static int nbdcow_config(const char *key, const char *value)
 		config.base = nbdkit_realpath(value);
 		return config.base ? 0 : -1;
 	}
+	config.overlay_key = key;
 	if (!strcmp(key, "per-client"))
 		return parse_bool(value, &config.per_client);
 	if (!strcmp(key, "per-export-name"))
@@ -154,8 +163,9 @@ static int nbdcow_config_complete(void)
 		nbdkit_error("per-client and per-export-name exclude each other");
 		return -1;
 	}
-	if (!config.base && (config.per_client || config.per_export_name)) {
-		nbdkit_error("base= is missing");
+	if (!config.base && config.overlay_key) {
+		nbdkit_error("%s= is for overlays of the server's own, which need base=",
+			     config.overlay_key);
 		return -1;
 	}
 	if (!config.max_clients) {

@@ -39,8 +39,8 @@ struct server {
 	uint64_t cache_limit_blocks;
 	bool holes;			/* of the base are to be learned */
 	int keeper_fd;
-	pid_t pid;
-	int pid_fd;
+	pid_t pid;			/* of nbdkit, also when it has ended */
+	int pid_fd;			/* while it runs */
 };
 
 /* Parameters of the plugin that are given as they are. */
@@ -85,7 +85,7 @@ static int take_sockets(struct server *server)
 	if (server->fds < 1)
 		return server->fds = 0;
 	if (args->value[KEY_SOCKET] || args->value[KEY_PORT] || args->value[KEY_ADDRESS])
-		return fail(-EINVAL, "systemd has passed sockets to listen on, and so has %s",
+		return fail(-EINVAL, "systemd has passed sockets to listen on; leave out %s",
 			    args->value[KEY_SOCKET] ? "socket=" : args->value[KEY_PORT] ?
 			    "port=" : "address=");
 	for (int i = 0; i < server->fds; i++)
@@ -121,6 +121,7 @@ static int spawn(struct server *server)
 	char *base = device_path(major(server->base.dev), minor(server->base.dev));
 	char *pid_file = run_path(server->slot, "pid"), *argv[32 + PASSED_ON];
 	size_t n = 0, words;
+	int err = 0;
 
 	argv[n++] = "nbdkit";
 	argv[n++] = "--foreground";
@@ -150,11 +151,16 @@ static int spawn(struct server *server)
 		become_nbdkit(server, argv);
 	if (server->pid > 0)
 		server->pid_fd = pidfd_open(server->pid, 0);
+	if (server->pid_fd < 0) {
+		err = fail(-errno, "cannot start nbdkit: %m");
+		if (server->pid > 0 && !kill(server->pid, SIGKILL))
+			waitpid(server->pid, NULL, 0);
+	}
 	while (n > words)
 		free(argv[--n]);
 	free(pid_file);
 	free(base);
-	return server->pid < 0 ? fail(-errno, "cannot start nbdkit: %m") : 0;
+	return err;
 }
 
 /* Return: 0, or -errno with what its end means. */
@@ -164,7 +170,8 @@ static int reap(struct server *server)
 
 	while (waitpid(server->pid, &status, 0) < 0 && errno == EINTR)
 		;
-	server->pid = 0;
+	close(server->pid_fd);
+	server->pid_fd = -1;
 	if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
 		return fail(-ENOPKG, "nbdkit is not installed; it is in the package nbdkit");
 	if (WIFSIGNALED(status))
@@ -204,7 +211,8 @@ static void stop(struct server *server)
 	if (!ended(server, STOP_MS))
 		pidfd_send_signal(server->pid_fd, SIGKILL, NULL, 0);
 	waitpid(server->pid, NULL, 0);
-	server->pid = 0;
+	close(server->pid_fd);
+	server->pid_fd = -1;
 }
 
 /* Until it ends, which is a failure, or a signal asks us to. */
@@ -227,19 +235,31 @@ static int wait_for_end(struct server *server)
 	return err;
 }
 
-/* The kernel removes copies that nobody has open any more a little later. */
-static void wait_for_base(const struct base *base)
+/* Whether a mapped device is a copy that nbdkit or we made, or any that is just going. */
+static bool is_ours(const char *name, dev_t dev, void *arg)
 {
-	char *path = device_path(major(base->dev), minor(base->dev));
-	int64_t deadline = now_ms() + STOP_MS;
-	int fd;
+	char *file = xasprintf("/sys/block/%s/dm/name", name), text[NAME_BYTES] = "";
+	const struct server *server = arg;
+	size_t length = strlen(server->args->mangled);
+	int err = read_line(file, text, sizeof(text));
+	long pid;
 
-	while ((fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC)) < 0 && errno == EBUSY &&
-	       now_ms() < deadline)
+	(void)dev;
+	free(file);
+	if (err)
+		return !strncmp(name, "dm-", 3);
+	return !strncmp(text, server->args->mangled, length) &&
+	       sscanf(text + length, "-%ld-", &pid) == 1 &&
+	       (pid == server->pid || pid == getpid());
+}
+
+/* The kernel removes copies that nobody has open any more a little later. */
+static void wait_for_copies(struct server *server)
+{
+	int64_t deadline = now_ms() + STOP_MS;
+
+	while (any_link(server->base.dev, "holders", is_ours, server) && now_ms() < deadline)
 		poll(NULL, 0, PROBE_MS);
-	if (fd >= 0)
-		close(fd);
-	free(path);
 }
 
 /* Asks the server of the base for its holes. */
@@ -289,15 +309,13 @@ static int serve(struct server *server)
 	if (!err)
 		err = wait_until_ready(server);
 	if (!err && !server->fds) {
-		puts(server->listen.uri);
+		report_server(server->args, "nbdcow", server->listen.uri);
 		fflush(stdout);
 	}
 	if (!err)
 		err = wait_for_end(server);
-	if (server->pid > 0)
-		stop(server);
 	if (server->pid_fd >= 0)
-		close(server->pid_fd);
+		stop(server);
 	return err;
 }
 
@@ -334,10 +352,9 @@ int cmd_serve(const struct args *args)
 		err = take_sockets(&server);
 	if (err)
 		return err;
-	server.plugin = find_plugin();
-	if (!server.plugin)
-		return fail(-ENOPKG, "nbdkit's plugin nbdcow is not installed; %s",
-			    "it comes with cowctl");
+	err = find_plugin(true, &server.plugin);
+	if (err)
+		return err;
 	snprintf(server.slot, sizeof(server.slot), "%s~serve", args->mangled);
 	lock = lock_slot(server.slot, LOCK_TRY);
 	if (lock == -EBUSY)
@@ -354,7 +371,7 @@ int cmd_serve(const struct args *args)
 	if (server.keeper_fd >= 0)
 		close(server.keeper_fd);
 	if (server.base.fd >= 0)
-		wait_for_base(&server.base);
+		wait_for_copies(&server);
 	close_base(&server.base);
 	nbd_release(server.slot);
 	free(server.plugin);

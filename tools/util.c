@@ -22,6 +22,8 @@
 
 #include "cowctl.h"
 
+#define ALONE_MS	500
+#define ALONE_PROBE_MS	10
 #define BAR_WIDTH	40
 
 /* The nbdkit plugin has its own. */
@@ -242,6 +244,21 @@ bool any_link(dev_t dev, const char *kind,
 		closedir(dir);
 	free(path);
 	return found;
+}
+
+/*
+ * Opens a block device that nobody else is to have; but who looks whether that is so has
+ * it for a moment. Return: the file descriptor, or -errno.
+ */
+int open_alone(const char *path)
+{
+	int64_t deadline = now_ms() + ALONE_MS;
+	int fd;
+
+	while ((fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC)) < 0 && errno == EBUSY &&
+	       now_ms() < deadline)
+		poll(NULL, 0, ALONE_PROBE_MS);
+	return fd < 0 ? -errno : fd;
 }
 
 /* The signals that ask us to stop; not those that nohup or a shell has had ignored. */
