@@ -347,7 +347,7 @@ static int rebase_locked(const struct args *args, int lock, bool force, bool hol
 	holes_stop(args->mangled);
 	nbd_release(args->mangled);
 	nbd_rename(slot, args->mangled);
-	if (holes)
+	if (holes && *cow.uuid)
 		holes_start(cow.mangled, cow.uuid, text, base.bytes);
 	return 0;
 }

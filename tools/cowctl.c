@@ -23,20 +23,20 @@ static const struct {
 } keys[KEY_COUNT + 1] = {
 	[KEY_BASE] = { "base", "BASE",
 		       "block device, image file, nbd://HOST[:PORT][/EXPORT]\n"
-		       "\t\t\t    or nbd+unix:///[EXPORT]?socket=PATH" },
+		       "\t\t\t       or nbd+unix:///[EXPORT]?socket=PATH" },
 	[KEY_LIMIT] = { "limit", "LIMIT",
 			"the most it may store: 4G, 25% (of the RAM) or none" },
-	[KEY_SIZE] = { "size", "SIZE", "size of the device; that of the base by default" },
+	[KEY_SIZE] = { "size", "SIZE", "size of the device; create: that of BASE by default" },
 	[KEY_ROUND] = { "round", "up|down", "to blocks of 4096 bytes; down by default" },
 	[KEY_SOCKET] = { "socket", "PATH", "listen on this Unix socket" },
 	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
 	[KEY_ADDRESS] = { "address", "ADDRESS", "and on this address; 127.0.0.1 with port=" },
 	[KEY_SERVER] = { "server", "nbdcow|nbdkit|nbd-server",
 			 "what serves it; nbdcow by default, where it is" },
-	[KEY_FORCE] = { "force", "true|false", "whatever speaks against it" },
+	[KEY_FORCE] = { "force", "true|false", "although something speaks against it" },
 	[KEY_COW_ON_READ] = { "cow-on-read", "true|false|PATH",
 			      "keep what is read from BASE in its cache;\n"
-			      "\t\t\t    PATH: while that exists" },
+			      "\t\t\t       PATH: while that exists (not with serve)" },
 	[KEY_COW_ON_CACHE] = { "cow-on-cache", "true|false", "keep what is read ahead" },
 	[KEY_CACHE_LIMIT] = { "cache-limit", "LIMIT", "the most the cache of BASE may hold" },
 	[KEY_CACHE] = { "cache", "drop", "forget what the cache of the base holds" },
@@ -59,7 +59,7 @@ static const struct {
 	[KEY_MAX_CLIENTS] = { "max-clients", "NUMBER", "the most copies; 256 by default" },
 	[KEY_OUTPUT] = { "output", "FILE.svg", "draw it into this file" },
 	[KEY_BACKING] = { "backing", "PATH", "what FILE is to stand on; BASE by default" },
-	[KEY_FORMAT] = { "format", "FORMAT", "of what that is; raw by default" },
+	[KEY_FORMAT] = { "format", "FORMAT", "format of what backing= names; raw by default" },
 	[KEY_TO] = { "to", "PATH", "block device or file to change, a copy of BASE" },
 };
 
@@ -111,7 +111,7 @@ static const struct command {
 		.name = "wait",
 		.run = cmd_wait,
 		.usage = "[NAME] threshold=THRESHOLD [timeout=SECONDS] [-- COMMAND [ARG...]]",
-		.help = "wait until it has filled so far, then run COMMAND",
+		.help = "wait until so much of it is used, then run COMMAND",
 		.keys = KEY(THRESHOLD) | KEY(TIMEOUT),
 		.can_run = true,
 	}, {
@@ -123,7 +123,7 @@ static const struct command {
 		.name = "map",
 		.run = cmd_map,
 		.usage = "[NAME] [output=FILE.svg]",
-		.help = "show where they lie",
+		.help = "draw where it was changed",
 		.keys = KEY(OUTPUT),
 	}, {
 		.name = "diff",
@@ -220,7 +220,7 @@ static void help_command(const struct command *command)
 		if (!(command->keys & (1U << i)))
 			continue;
 		text = xasprintf("%s=%s", keys[i].name, keys[i].value);
-		printf("  %-25s %s\n", text, keys[i].help);
+		printf("  %-28s %s\n", text, keys[i].help);
 		free(text);
 	}
 	if (!command->no_name)
@@ -275,8 +275,10 @@ out:
 
 static bool is_key(const struct command *command, const char *word)
 {
-	/* The name of a file may have that in it, too. */
-	return strchr(word, '=') && !(command->takes_file && word[strcspn(word, "=/")] == '/');
+	bool takes_path = command->takes_file || command->keys & KEY(BASE);
+
+	/* A path or an address may have that in it, too. */
+	return strchr(word, '=') && !(takes_path && word[strcspn(word, "=/")] == '/');
 }
 
 /* The word after the name; or, where that is not given, one that shows to be a file. */
@@ -432,6 +434,8 @@ int main(int argc, char **argv)
 	sigset_t all;
 	int c, err;
 
+	/* Who started us may have had it ignored; then nobody's status could be waited for. */
+	signal(SIGCHLD, SIG_DFL);
 	opterr = 0;
 	/* No letters: what is not understood is then always the whole of a word. */
 	while ((c = getopt_long_only(argc, argv, "", options, NULL)) != -1) {

@@ -296,7 +296,9 @@ int cmd_diff(const struct args *args)
 	int err;
 
 	if (!args->file)
-		return fail(-EINVAL, "diff: the file to make is missing; see \"cowctl help diff\"");
+		return fail(-EINVAL, "diff: the file to make is missing; %s",
+			    args->named ? "a file without .qcow2 takes a ./ before it" :
+			    "see \"cowctl help diff\"");
 	if (!printable(args->file))
 		return fail(-EINVAL, "the name of the file, %s, cannot be printed", args->file);
 	if (!printable(args->value[KEY_FORMAT] ?: ""))

@@ -81,6 +81,9 @@ static int fail_query(int err, const char *about)
 {
 	if (err == -ENOPKG)
 		return fail(err, "this kernel has no device-mapper");
+	if (err == -EINVAL)
+		return fail(-ENOPKG, "%s: cowctl and the kernel module " MODULE
+			    " are not of the same version", about);
 	return fail(err, "cannot ask device-mapper for %s: %s", about, strerror(-err));
 }
 
@@ -101,35 +104,41 @@ static int target_known(void)
 	return ret;
 }
 
-static int modprobe(const char *module)
+/* What it says of a module that is there goes to @message. */
+static int modprobe(const char *module, char message[512])
 {
 	const char *argv[] = { "modprobe", "-q", module, NULL };
 	struct run modprobe = {
 		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
 	};
+	int ret = run(&modprobe);
 
-	return run(&modprobe);
+	memcpy(message, modprobe.message, sizeof(modprobe.message));
+	return ret;
 }
 
 /* Loads the module where it is not loaded yet. */
 int dm_need_target(void)
 {
 	int known = target_known();
+	char message[512];
 	int ret;
 
 	if (known == 1)
 		return 0;
 	if (known < 0) {
-		ret = modprobe("dm-mod");
+		ret = modprobe("dm-mod", message);
 		if (ret < 0)
 			return ret;
 	}
-	ret = modprobe(MODULE);
+	ret = modprobe(MODULE, message);
 	if (ret < 0)
 		return ret;
 	known = target_known();
 	if (known < 0)
 		return fail_query(-ENOPKG, TARGET);
+	if (!known && *message)
+		return fail(-ENOPKG, "cannot load the kernel module " MODULE ": %s", message);
 	if (!known)
 		return fail(-ENOPKG, "the kernel module " MODULE
 			    " is not loaded and cannot be; install it for this kernel");

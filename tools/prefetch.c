@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "cowctl.h"
@@ -29,11 +30,13 @@ static int parse(const struct args *args, struct prefetch *prefetch)
 	int err = range ? parse_range(range, &start, &end) : 0;
 
 	if (err)
-		return fail(-EINVAL, err == -ERANGE ? "range=%s is out of range" :
+		return fail(-EINVAL, err == -ERANGE ?
+			    "range=%s is out of range: it must end after its start" :
 			    "range=%s is not of the form START-END (1G-2G)", range);
 	err = rate ? parse_size(rate, &bytes) : 0;
 	if (err || (rate && (bytes < 1024 || bytes / 1024 > UINT32_MAX)))
-		return fail(-EINVAL, "rate=%s is no size from 1K on (100M)", rate);
+		return fail(-EINVAL, "rate=%s is no size from 1K to less than 4T (100M)",
+			    rate);
 	prefetch->kib_per_second = bytes / 1024;
 	prefetch->start_block = start / BLOCK_BYTES;
 	prefetch->blocks = end / BLOCK_BYTES + !!(end % BLOCK_BYTES) - prefetch->start_block;
@@ -49,7 +52,7 @@ static int start(const struct args *args, const struct cow *cow, const struct pr
 		snprintf(rate, sizeof(rate), " %" PRIu64, prefetch->kib_per_second);
 	message = xasprintf("prefetch %" PRIu64 " %" PRIu64 "%s", prefetch->start_block,
 			    prefetch->blocks, rate);
-	err = dm_send(cow->uuid, message);
+	err = dm_ask(makedev(cow->major, cow->minor), message, NULL);
 	free(message);
 	if (err == -EBUSY)
 		return fail(err, "%s: a prefetch is under way; end it with \"prefetch %s stop\"",
@@ -93,7 +96,7 @@ static int watch(const struct args *args, struct cow *cow)
 			break;
 		/* The signal stays pending, and ends us when all is done. */
 		if (poll(&signal, 1, LOOK_MS) > 0) {
-			dm_send(uuid, "prefetch stop");
+			dm_ask(makedev(cow->major, cow->minor), "prefetch stop", NULL);
 			err = -EINTR;
 			break;
 		}

@@ -98,8 +98,12 @@ static void work(void *arg, int ready_fd)
 int watch_start(const struct cow *cow, const char *path)
 {
 	struct watch watch = { .uuid = cow->uuid, .path = path };
-	int err = helper_start(cow->mangled, KIND, path, work, &watch, START_MS);
+	int err;
 
+	if (!*cow->uuid)
+		return fail(-EINVAL, "%s was not made by cowctl; cow-on-read=%s needs that",
+			    cow->name, path);
+	err = helper_start(cow->mangled, KIND, path, work, &watch, START_MS);
 	if (!err)
 		return 0;
 	watch_stop(cow->mangled);
