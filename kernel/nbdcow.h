@@ -86,6 +86,7 @@ struct nbdcow_overlay {
 	struct list_head list;	/* those with a table; under overlays_mutex */
 	struct mapped_device *md; /* key of the overlay, gone after its tables */
 	sector_t base_sectors;	/* size of the base, constant: one view for all */
+	sector_t longest;	/* of all its tables so far; grows any time */
 	char *tmpfs_dir;	/* as given, or NULL; constant */
 };
 

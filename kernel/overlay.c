@@ -1084,6 +1084,8 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 			ov = ERR_PTR(ret);
 			goto out;
 		}
+		if (ti->len > ov->longest)
+			WRITE_ONCE(ov->longest, ti->len);
 		kref_get(&ov->kref);
 		ov->tables++;
 		goto out;
@@ -1093,6 +1095,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	if (!IS_ERR(ov)) {
 		ov->md = md;
 		ov->base_sectors = bdev_nr_sectors(base);
+		ov->longest = ti->len;
 		ov->tables = 1;
 		list_add(&ov->list, &overlays);
 	}

@@ -100,6 +100,19 @@ shorter()
 	io $COW 'size 32768s' 'check 16380k 4k B'
 }
 
+# A part of a block that is cut off is kept, whatever becomes of the other part.
+shorter_within_a_block()
+{
+	make_dm test-base '0 13 linear /dev/ram0 0'
+	make_cow test-part 16 /dev/mapper/test-base
+	io /dev/mapper/test-part 'write 14s 1s A'
+	reload test-part 13 /dev/mapper/test-base
+	io /dev/mapper/test-part 'size 13s' 'discard 0 13s' 'is 0 00000000.....'
+	reload test-part 16 /dev/mapper/test-base
+	io /dev/mapper/test-part 'is 8s .....0A0' 'discard 0 16s' 'is 8s 00000000' \
+		'status test-part used=0'
+}
+
 # While suspended nothing gets through, afterwards everything.
 suspended()
 {
@@ -168,6 +181,7 @@ run_tests \
 	other_limit 'another limit' \
 	other_base 'another base of the same content' \
 	shorter 'a shorter table is refused' \
+	shorter_within_a_block 'a table that ends within a changed block' \
 	suspended 'a suspended device' \
 	reset_while_suspended 'a reset of a suspended device' \
 	under_load 'new tables for a busy device' \
