@@ -701,8 +701,8 @@ static void prefetch_work(struct work_struct *work)
  * It ends when all is cached, when the cache's limit leaves no room, when the
  * base gives an error, or with nbdcow_prefetch_stop().
  *
- * Context: process context.
- * Return: 0, or -EBUSY when another one is under way.
+ * Context: process context, waits for reads of one that was stopped.
+ * Return: 0, -EBUSY when another one is under way, or -ERESTARTSYS.
  */
 int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 			  unsigned int rate)
@@ -710,12 +710,22 @@ int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 	u64 blocks = min_t(u64, nbdcow_block(t->overlay->base_sectors),
 			   NBDCOW_MAX_BLOCKS);
 	struct nbdcow_prefetch *prefetch = &t->prefetch;
+	int ret = 0;
 
 	block = min(block, blocks);
 	spin_lock(&prefetch->lock);
-	if (prefetch->state == NBDCOW_PREFETCH_RUNNING || prefetch->inflight) {
+	while (prefetch->state != NBDCOW_PREFETCH_RUNNING &&
+	       prefetch->inflight && !ret) {
 		spin_unlock(&prefetch->lock);
-		return -EBUSY;
+		ret = wait_var_event_interruptible(&prefetch->inflight,
+						   !READ_ONCE(prefetch->inflight));
+		spin_lock(&prefetch->lock);
+	}
+	if (!ret && prefetch->state == NBDCOW_PREFETCH_RUNNING)
+		ret = -EBUSY;
+	if (ret) {
+		spin_unlock(&prefetch->lock);
+		return ret;
 	}
 	prefetch->first = block;
 	prefetch->next = block;

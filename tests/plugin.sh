@@ -253,8 +253,10 @@ cache_requests()
 {
 	begin_export 65536
 	client '
-for i in range(8):
-    h.cache(1 << 20, i << 20)
+under_way = [h.aio_cache(1 << 20, i << 20) for i in range(8)]
+while under_way:
+    h.poll(-1)
+    under_way = [c for c in under_way if not h.aio_command_completed(c)]
 h.cache(512, (32 << 20) + 4096)'
 	is 'cached blocks' "$(cached)" $((8 * 256 + 1))
 	dmsetup status test-cow | awk '{ print $16 }' >"$work/before"

@@ -613,7 +613,11 @@ struct window {
 	size_t count;			/* of the part */
 };
 
-static pthread_mutex_t edge_lock = PTHREAD_MUTEX_INITIALIZER;
+/*
+ * Who writes a part of a sector reads the whole of it before, and must not undo what
+ * another one writes, trims or zeroes meanwhile.
+ */
+static pthread_rwlock_t edge_lock = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
 
 /* @buf is NULL for zeroes. Return: 0 or an errno. */
 static int write_window(const struct handle *handle, const struct window *w, const char *buf)
@@ -621,9 +625,10 @@ static int write_window(const struct handle *handle, const struct window *w, con
 	bool whole = w->count == w->length;
 	int err = 0;
 
-	/* Two that write parts of one sector must not undo each other. */
-	if (!whole) {
-		pthread_mutex_lock(&edge_lock);
+	if (whole) {
+		pthread_rwlock_rdlock(&edge_lock);
+	} else {
+		pthread_rwlock_wrlock(&edge_lock);
 		err = do_all(false, handle->fd, w->room, w->length, w->start);
 	}
 	if (!err && buf)
@@ -632,8 +637,7 @@ static int write_window(const struct handle *handle, const struct window *w, con
 		memset(w->room + w->skip, 0, w->count);
 	if (!err)
 		err = do_all(true, handle->fd, w->room, w->length, w->start);
-	if (!whole)
-		pthread_mutex_unlock(&edge_lock);
+	pthread_rwlock_unlock(&edge_lock);
 	return err;
 }
 
@@ -712,11 +716,15 @@ static int nbdcow_trim(void *opaque, uint32_t count, uint64_t offset, uint32_t f
 {
 	struct handle *handle = opaque;
 	uint64_t range[2];
+	int err;
 
 	(void)flags;
-	if (whole_sectors(handle, count, offset, range) && ioctl(handle->fd, BLKDISCARD, range))
-		return io_failed("trim", offset, errno);
-	return 0;
+	if (!whole_sectors(handle, count, offset, range))
+		return 0;
+	pthread_rwlock_rdlock(&edge_lock);
+	err = ioctl(handle->fd, BLKDISCARD, range) ? errno : 0;
+	pthread_rwlock_unlock(&edge_lock);
+	return err ? io_failed("trim", offset, err) : 0;
 }
 
 /* Without MAY_TRIM the client wants the blocks allocated: they become data. */
@@ -731,8 +739,11 @@ static int nbdcow_zero(void *opaque, uint32_t count, uint64_t offset, uint32_t f
 	if (!whole_sectors(handle, count, offset, range))
 		return transfer(handle, NULL, NULL, count, offset);
 	err = EOPNOTSUPP;
-	if (flags & NBDKIT_FLAG_MAY_TRIM)
+	if (flags & NBDKIT_FLAG_MAY_TRIM) {
+		pthread_rwlock_rdlock(&edge_lock);
 		err = fallocate(handle->fd, mode, range[0], range[1]) ? errno : 0;
+		pthread_rwlock_unlock(&edge_lock);
+	}
 	if (err == EOPNOTSUPP && fast) {
 		errno = err;
 		nbdkit_debug("zero at offset %" PRIu64 ": not faster than to write", offset);
@@ -816,31 +827,32 @@ static bool prefetch_runs(const struct handle *handle, bool *failed)
 
 /*
  * The reply tells the client that it is done, so wait for it. There is one
- * prefetch at a time: while there is another, read ahead, as nbdkit's file plugin
- * does; that fills the cache with cow-on-cache.
+ * prefetch at a time: ours take turns. While somebody else's runs, read ahead, as
+ * nbdkit's file plugin does; that fills the cache with cow-on-cache.
  */
 static int nbdcow_cache(void *opaque, uint32_t count, uint64_t offset, uint32_t flags)
 {
 	struct handle *handle = opaque;
 	uint64_t first = offset / BLOCK_BYTES;
 	uint64_t last = (offset + count + BLOCK_BYTES - 1) / BLOCK_BYTES;
+	static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 	bool failed = false;
 	char message[64];
 	int err;
 
 	(void)flags;
 	snprintf(message, sizeof(message), "prefetch %" PRIu64 " %" PRIu64, first, last - first);
-	err = dm_ask(handle->dev, message, NULL);
-	if (err == -EBUSY || err == -EINVAL) {
+	pthread_mutex_lock(&turn);
+	err = -dm_ask(handle->dev, message, NULL);
+	while (!err && prefetch_runs(handle, &failed))
+		if (nbdkit_nanosleep(0, PREFETCH_POLL))
+			err = errno;
+	pthread_mutex_unlock(&turn);
+	if (err == EBUSY || err == EINVAL) {
 		posix_fadvise(handle->fd, offset, count, POSIX_FADV_WILLNEED);
 		return 0;
 	}
-	if (err)
-		return io_failed("cache", offset, -err);
-	while (prefetch_runs(handle, &failed))
-		if (nbdkit_nanosleep(0, PREFETCH_POLL))
-			return -1;
-	return failed ? io_failed("cache", offset, EIO) : 0;
+	return err || failed ? io_failed("cache", offset, err ?: EIO) : 0;
 }
 
 static struct nbdkit_plugin plugin = {
