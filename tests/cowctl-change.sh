@@ -208,6 +208,22 @@ has_cow_on_read()
 	dmsetup table test-cow | grep -w cow_on_read
 }
 
+# The last bytes, which fill no block, are compared as well.
+small_bases()
+{
+	begin make_image 2K
+	make_file other 2K
+	cp "$work/disk.img" "$work/other"
+	printf x | dd of="$work/other" bs=1 seek=2047 conv=notrunc status=none
+	cowctl create test-cow base="$work/disk.img" round=up
+	says 1 'differs from the base of test-cow, at byte 0' \
+		cowctl rebase test-cow base="$work/other"
+	cp "$work/disk.img" "$work/other"
+	cowctl rebase test-cow base="$work/other"
+	is 'base' "$(member base test-cow)" "$work/other"
+	image_is_unchanged
+}
+
 # What cannot take the base's place does not, and leaves all as it was.
 cannot_move()
 {
@@ -390,6 +406,7 @@ run_tests \
 	maps_partitions 'devices for partitions' \
 	misses_kpartx 'kpartx is missed' \
 	moves 'from base to base' \
+	small_bases 'bases that are smaller than a block' \
 	cannot_move 'bases that cannot take the place' \
 	waits_for_a_base 'readers wait for a base' \
 	hanging_base 'a base that does not answer' \

@@ -182,15 +182,17 @@ bool stands_on(const char *name, dev_t upper, void *lower)
 }
 
 /* Return: 0, -EILSEQ when the blocks differ, -EIO or -EREMOTEIO for old or new. */
-static int compare_block(int old, int new, uint64_t block)
+static int compare_block(int old, int new, uint64_t block, uint64_t end)
 {
+	uint64_t start = block * BLOCK_BYTES;
+	ssize_t bytes = end - start < BLOCK_BYTES ? end - start : BLOCK_BYTES;
 	char was[BLOCK_BYTES], is[BLOCK_BYTES];
 
-	if (pread(old, was, sizeof(was), block * BLOCK_BYTES) != sizeof(was))
+	if (pread(old, was, bytes, start) != bytes)
 		return -EIO;
-	if (pread(new, is, sizeof(is), block * BLOCK_BYTES) != sizeof(is))
+	if (pread(new, is, bytes, start) != bytes)
 		return -EREMOTEIO;
-	return memcmp(was, is, sizeof(was)) ? -EILSEQ : 0;
+	return memcmp(was, is, bytes) ? -EILSEQ : 0;
 }
 
 /* The first block, the last one, and one somewhere in each part between them. */
@@ -218,14 +220,14 @@ static int fail_uncomparable(const struct args *args, const struct base *base, c
 static int compare(const struct args *args, int old, uint64_t old_bytes, const struct base *base,
 		   uint64_t *compared)
 {
-	uint64_t blocks = old_bytes / BLOCK_BYTES;
+	uint64_t blocks = (old_bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
 	uint64_t samples = blocks < SAMPLES ? blocks : SAMPLES;
 
 	posix_fadvise(old, 0, 0, POSIX_FADV_RANDOM);
 	posix_fadvise(base->fd, 0, 0, POSIX_FADV_RANDOM);
 	for (uint64_t i = 0; i < samples; i++) {
 		uint64_t block = sample(i, samples, blocks);
-		int err = interrupted() ? -EINTR : compare_block(old, base->fd, block);
+		int err = interrupted() ? -EINTR : compare_block(old, base->fd, block, old_bytes);
 
 		if (err == -EILSEQ)
 			return fail(err, "base %s differs from the base of %s, at byte %" PRIu64,
