@@ -372,12 +372,9 @@ static int load_range(const struct image_range *range, void *arg)
  * The backing file that the image names is compared with the base by what is known of
  * it without opening it.
  */
-static int check_backing(const struct load *load, struct json_object *info, bool force)
+static int check_backing(const struct load *load, const struct image_info *info, bool force)
 {
-	const char *backing =
-		json_object_get_string(json_object_object_get(info, "backing-filename"));
-	const char *format =
-		json_object_get_string(json_object_object_get(info, "backing-filename-format"));
+	const char *backing = info->backing, *format = info->format;
 	uint64_t base_bytes = load->cow.status.base_size_sectors * SECTOR_BYTES, bytes = 0;
 	char *source = base_source(&load->cow), *image = realpath(load->image.path, NULL);
 	struct stat backing_st, source_st;
@@ -416,19 +413,16 @@ out:
 
 static int check_image(struct load *load, bool force)
 {
-	uint64_t bytes = load->cow.sectors * SECTOR_BYTES, size;
-	struct json_object *info;
+	uint64_t bytes = load->cow.sectors * SECTOR_BYTES;
+	struct image_info info;
 	int err = image_examine(&load->image, &info);
 
-	if (!err) {
-		size = json_object_get_uint64(json_object_object_get(info, "virtual-size"));
-		if (size != bytes)
-			err = fail(-EIO, "%s is a disk of %" PRIu64 " bytes, but %s has %" PRIu64,
-				   load->image.path, size, load->args->name, bytes);
-	}
+	if (!err && info.bytes != bytes)
+		err = fail(-EIO, "%s is a disk of %" PRIu64 " bytes, but %s has %" PRIu64,
+			   load->image.path, info.bytes, load->args->name, bytes);
 	if (!err)
-		err = image_check(&load->image) ?: check_backing(load, info, force);
-	json_object_put(info);
+		err = image_check(&load->image) ?: check_backing(load, &info, force);
+	image_info_free(&info);
 	load->image.bytes = bytes;
 	return err;
 }

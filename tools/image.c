@@ -7,7 +7,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <json-c/json.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -72,28 +71,27 @@ static int to_file(void *arg)
 }
 
 /*
- * Runs qemu-img for an image. What it prints goes to @json, if that is wanted.
- * Return: its exit status, or -errno with the message printed.
+ * Runs qemu-img for an image. What it prints goes to @info, if that is wanted; @told is
+ * then whether it did. Return: its exit status, or -errno with the message printed.
  */
 static int qemu_img(const struct image *image, const char *const *argv, int timeout_ms,
-		    char message[512], struct json_object **json)
+		    char message[512], struct image_info *info, bool *told)
 {
-	int fd = json ? memfd_create("qemu-img", MFD_CLOEXEC) : -1, ret;
+	int fd = info ? memfd_create("qemu-img", MFD_CLOEXEC) : -1, ret;
 	struct run qemu = {
 		.argv = argv, .package = PACKAGE, .timeout_ms = timeout_ms,
-		.keep_fd = image->fd, .in_child = json ? to_file : NULL, .arg = &fd,
+		.keep_fd = image->fd, .in_child = info ? to_file : NULL, .arg = &fd,
 	};
-	ssize_t n;
 	char *text;
 
-	if (json && fd < 0)
+	if (info && fd < 0)
 		return fail(-errno, "cannot make a file in memory: %m");
 	ret = run(&qemu);
 	snprintf(message, 512, "%s", qemu.message);
-	if (json) {
+	if (info) {
 		text = calloc(1, OWN_BYTES);
-		n = text ? pread(fd, text, OWN_BYTES - 1, 0) : -1;
-		*json = n > 0 ? json_tokener_parse(text) : NULL;
+		*told = text && pread(fd, text, OWN_BYTES - 1, 0) > 0 &&
+			!parse_image_info(text, info);
 		free(text);
 		close(fd);
 	}
@@ -111,7 +109,7 @@ int image_create(struct image *image, uint64_t bytes, const char *backing, const
 		"qemu-img", "create", "-q", "-u", "-f", "qcow2", "-o", options, "-b", backing,
 		"-F", format, path, size, NULL,
 	};
-	int ret = qemu_img(image, argv, TOOL_MS, message, NULL);
+	int ret = qemu_img(image, argv, TOOL_MS, message, NULL, NULL);
 
 	if (ret > 0 && strstr(message, "extended_l2"))
 		ret = fail(-ENOPKG, "qemu-img is too old; it must be of QEMU 5.2 or newer");
@@ -145,27 +143,23 @@ static int check_header(const struct image *image)
 	return 0;
 }
 
-/* Says what qemu thinks of the image. @info is to be put. */
-int image_examine(const struct image *image, struct json_object **info)
+/* Says what qemu thinks of the image. image_info_free() is for @info in any case. */
+int image_examine(const struct image *image, struct image_info *info)
 {
 	char *name = alone(image->fd, ""), message[512];
 	const char *const argv[] = { "qemu-img", "info", "--output=json", name, NULL };
 	int ret = check_header(image);
+	bool told = false;
 
-	*info = NULL;
+	memset(info, 0, sizeof(*info));
 	if (!ret)
-		ret = qemu_img(image, argv, TOOL_MS, message, info);
-	if (ret > 0 || (!ret && !*info))
+		ret = qemu_img(image, argv, TOOL_MS, message, info, &told);
+	if (ret > 0 || (!ret && !told))
 		ret = fail(-EIO, "%s cannot be used: %s", image->path, reason(message));
-	if (!ret && json_object_get_boolean(json_object_object_get(*info, "encrypted")))
+	if (!ret && info->encrypted)
 		ret = fail(-EIO, "%s is encrypted", image->path);
 	free(name);
 	return ret;
-}
-
-static int64_t number(struct json_object *object, const char *key)
-{
-	return json_object_get_int64(json_object_object_get(object, key));
 }
 
 /*
@@ -178,12 +172,13 @@ int image_check(struct image *image)
 {
 	char *name = alone(image->fd, ""), message[512];
 	const char *const argv[] = { "qemu-img", "check", "--output=json", name, NULL };
-	struct json_object *result = NULL;
-	int ret = qemu_img(image, argv, CHECK_MS, message, &result);
+	struct image_info info = { 0 };
+	bool told = false;
+	int ret = qemu_img(image, argv, CHECK_MS, message, &info, &told);
 	struct stat st;
 
 	/* 1: it was not checked; so it is when nothing is told of it */
-	if (ret >= 0 && !result)
+	if (ret >= 0 && !told)
 		ret = 1;
 	if (ret == 2)
 		ret = fail(-EIO, "%s is damaged; \"qemu-img check\" tells more", image->path);
@@ -192,9 +187,8 @@ int image_check(struct image *image)
 		ret = fail(-EIO, "%s cannot be checked: %s", image->path, reason(message));
 	else if (ret >= 0)
 		image->cut = !fstat(image->fd, &st) && S_ISREG(st.st_mode) &&
-			     st.st_size < number(result, "image-end-offset") &&
-			     !number(result, "compressed-clusters");
-	json_object_put(result);
+			     (uint64_t)st.st_size < info.end && !info.compressed;
+	image_info_free(&info);
 	free(name);
 	return ret > 0 ? 0 : ret;
 }

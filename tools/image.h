@@ -8,8 +8,6 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-struct json_object;
-
 #define IMAGE_SLOTS		16	/* requests at a time */
 #define IMAGE_SLOT_BYTES	(512 << 10)
 
@@ -48,8 +46,20 @@ struct image_range {
 	bool zero;
 };
 
+/* What qemu-img tells of an image. */
+struct image_info {
+	uint64_t bytes;			/* of the disk in it */
+	uint64_t end;			/* of what is used of the file, if it was checked */
+	uint64_t compressed;		/* clusters, likewise */
+	bool encrypted;
+	char *backing;			/* as it names it, or NULL */
+	char *format;			/* of that, or NULL */
+};
+
+int parse_image_info(const char *text, struct image_info *info);
+void image_info_free(struct image_info *info);
 int image_create(struct image *image, uint64_t bytes, const char *backing, const char *format);
-int image_examine(const struct image *image, struct json_object **info);
+int image_examine(const struct image *image, struct image_info *info);
 int image_check(struct image *image);
 int image_start(struct image *image, bool read_only);
 void *image_buffer(struct image *image, struct slot **slot);

@@ -68,12 +68,13 @@ build_fuzzer()
 	local source
 
 	# only what is tried is looked at for coverage
-	for source in parse cowctl; do
+	for source in parse cowctl image-info; do
 		clang "${flags[@]}" -fsanitize=fuzzer-no-link -Dmain=cowctl_main \
 			-c -o "$out/$source.o" tools/$source.c || return
 	done
 	clang "${flags[@]}" -fsanitize=fuzzer -Wl,--wrap=fail -o "$out/parsers_fuzz" \
-		tests/user/parsers_fuzz.c tools/util.c "$out"/{parse,cowctl}.o
+		tests/user/parsers_fuzz.c tools/util.c "$out"/{parse,cowctl,image-info}.o \
+		"${libraries[@]}"
 }
 
 fuzz()

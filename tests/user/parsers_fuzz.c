@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "../../tools/cowctl.h"
+#include "../../tools/image.h"
 
 #define MAX_WORDS	16
 
@@ -264,6 +265,28 @@ static void try_programs(char *text)
 		CHECK(n > 1 && strstr(words[0], "nbd"));
 }
 
+static void try_extents(char *text)
+{
+	const char *answer = text, *before = text;
+	uint64_t blocks;
+	char kind;
+
+	while (next_extent(&answer, &blocks, &kind) > 0) {
+		CHECK(answer > before && strchr("bhoz", kind));
+		before = answer;
+	}
+}
+
+static void try_json(char *text)
+{
+	struct image_info info;
+
+	if (parse_image_info(text, &info))
+		CHECK(!info.bytes && !info.backing);
+	CHECK(info.bytes <= INT64_MAX && info.end <= INT64_MAX);
+	image_info_free(&info);
+}
+
 /*
  * The command line, up to where it is understood
  */
@@ -358,8 +381,10 @@ static const struct {
 } targets[] = {
 	{ 'a', try_arguments },
 	{ 'c', try_seconds },
+	{ 'e', try_extents },
 	{ 'g', try_range },
 	{ 'h', try_threshold },
+	{ 'j', try_json },
 	{ 'l', try_limit },
 	{ 'm', try_mount },
 	{ 'n', try_name },
