@@ -400,6 +400,101 @@ killed_change()
 	disturb signal=SIGKILL write_to_it after_killed_reset cowctl reset test-cow
 }
 
+new_copy()
+{
+	! exists || cowctl remove test-cow
+	cowctl create test-cow "$device"
+}
+
+after_killed_growth()
+{
+	after_kill 0 "$@"
+	io $COW 'size 2M'
+}
+
+after_killed_watch()
+{
+	after_kill 0 "$@"
+	is 'cow-on-read' "$(cowctl status test-cow --json | jq -r .cow_on_read)" "$work/switch"
+	cowctl set test-cow cow-on-read=false
+	not_exported
+}
+
+after_killed_prefetch()
+{
+	after_kill 4 "$@"
+	cowctl prefetch test-cow stop
+	cowctl set test-cow cache=drop
+}
+
+killed_services()
+{
+	need jq
+	make_copy
+	disturb signal=SIGKILL : after_killed_watch \
+		cowctl set test-cow "cow-on-read=$work/switch"
+	disturb signal=SIGKILL : after_killed_prefetch cowctl prefetch test-cow
+	disturb signal=SIGKILL new_copy after_killed_growth cowctl set test-cow size=2M
+}
+
+#
+# Diff, load and commit
+#
+
+is_suspended()
+{
+	[ "$(dmsetup info -c --noheadings -o suspended test-cow)" = Suspended ]
+}
+
+# Whatever was there when it was killed, the same command makes the whole file.
+after_killed_diff()
+{
+	[ "$rc" = 137 ] || [ "$rc" = 0 ] || fail "its status was $rc"
+	rm -f "$work/diff.qcow2"
+	"$@"
+	! is_suspended || fail 'it is suspended'
+	! dmsetup ls | grep ^cowctl-view || fail 'a view is left'
+	is 'the files' "$(cd "$work" && compgen -G '*diff*' && compgen -G '.*diff*')" diff.qcow2
+	qemu-img check -q "$work/diff.qcow2"
+	rm "$work/diff.qcow2"
+}
+
+reset_it()
+{
+	cowctl reset test-cow
+}
+
+# Some of the changes may be there.
+after_killed_load()
+{
+	[ "$rc" = 137 ] || [ "$rc" = 0 ] || fail "its status was $rc"
+	cowctl reset test-cow
+	"$@"
+	io $COW 'check 4k 64k A' 'check 68k 956k .'
+}
+
+after_killed_commit()
+{
+	after_kill 0 "$@"
+	cmp $COW "$work/target"
+}
+
+killed_copies()
+{
+	local -a calls=(ioctl openat rename renameat2 unlink clone)
+
+	need qemu-img qemu-nbd
+	make_copy
+	write_to_it
+	undo rm -f "$work"/{diff,saved}.qcow2 "$work/.diff.qcow2.cowctl-part" "$work/target"
+	disturb signal=SIGKILL : after_killed_diff cowctl diff test-cow "$work/diff.qcow2"
+	cp "${device#base=}" "$work/target"
+	disturb signal=SIGKILL : after_killed_commit cowctl commit test-cow to="$work/target"
+	cowctl diff test-cow "$work/saved.qcow2"
+	disturb signal=SIGKILL reset_it after_killed_load \
+		cowctl load test-cow "$work/saved.qcow2"
+}
+
 #
 # Exports
 #
@@ -566,6 +661,8 @@ run_tests \
 	failed_remove 'remove, with a failure at each step' \
 	create_after_killed_remove 'create after a remove that was not finished' \
 	killed_change 'set and reset, killed at each step and given again' \
+	killed_services 'set and prefetch of what goes on, killed and given again' \
+	killed_copies 'diff, load and commit, killed at each step and given again' \
 	killed_export 'export, killed at each step and given again' \
 	killed_export_by_nbd_server 'export by nbd-server, killed and given again' \
 	failed_export 'export, with a failure at each step' \
