@@ -356,9 +356,10 @@ rates()
 # churn COMMAND...: again and again, until `calm'
 churn()
 {
-	[ -e "$work/churn" ] || { touch "$work/churn"; undo rm -f "$work/churn"; }
+	[ -e "$work/churn" ] || { touch "$work/churn"; undo rm -f "$work"/churn{,ed}; }
 	while [ -e "$work/churn" ]; do
 		io /dev/ram1 "$@" || exit 1
+		echo >>"$work/churned"
 	done &
 	churners+=($!)
 }
@@ -371,6 +372,7 @@ calm()
 	for pid in "${churners[@]}"; do
 		wait "$pid"
 	done
+	between 'rounds' "$(wc -l <"$work/churned")" $((4 * ${#churners[@]})) 1000000
 	churners=()
 }
 churners=()
@@ -396,6 +398,7 @@ evictions()
 	churn 'message test-cow cache_limit 20' "$DROP" 'message test-other cache_limit 1000'
 	random 300
 	calm
+	between 'evictions' "$(field test-cow evicted)" 100 10000000
 	io $OTHER 'message test-other cache_limit none'
 }
 

@@ -39,8 +39,8 @@ abilities()
 		.can_fua, .can_multi_conn, .can_trim, .can_zero, .is_read_only, .is_rotational]' \
 		"$work/info")" '[true,true,true,true,true,true,true,true,false,false]'
 	is 'its sizes' "$(jq -c '.exports[0] | [."export-size", .block_minimum, .block_preferred,
-		.block_size_minimum, .block_size_preferred] | map(select(.))' "$work/info")" \
-		'[4194304,512,4096]'
+		.block_maximum, .block_size_minimum, .block_size_preferred, .block_size_maximum] |
+		map(select(.))' "$work/info")" '[4194304,512,4096,67108864]'
 	rm "$work/info"
 }
 

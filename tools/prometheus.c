@@ -29,7 +29,7 @@ static const struct {
 	{ "base_errors_total", "base_errors", "Reads of the base that failed" },
 	{ "overlay_read_bytes_total", "overlay_reads", "Read from what was written" },
 	{ "cache_read_bytes_total", "hits", "Read from the cache of the base" },
-	{ "cache_fill_bytes_total", "misses", "Read from the base into its cache" },
+	{ "cache_fill_bytes_total", "misses", "Read once it had been read into the cache" },
 	{ "base_read_bytes_total", "base_reads", "Read from the base, past its cache" },
 	{ "cache_evicted_bytes_total", "evicted", "Dropped from the cache for want of room" },
 };

@@ -250,11 +250,12 @@ wrong_names()
 {
 	local command name
 
-	for command in create remove status reset set export unexport; do
+	for command in create remove status wait changes map commit reset set prefetch rebase \
+			export unexport serve; do
 		for name in '' / a/b ../x 'a\b' . .. control $'a\nb' $'a\e[31m' $'\xff' $'\xc2\x9b' \
 			"$(printf %0128d 0)" "$(printf %032d 0 | tr 0 ' ')"; do
-			# create takes what has a slash in it for a base
-			[[ $command = create && $name = */* ]] ||
+			# what has a slash in it is a base to them
+			[[ $command = @(create|rebase|serve) && $name = */* ]] ||
 				wants 2 'the name' "$command" "$name" || return
 		done
 	done
@@ -282,8 +283,8 @@ no_root()
 	dir=$(mktemp -d) || return
 	chmod 755 "$dir"
 	install -m 755 "$out/cowctl" "$dir"
-	for command in create remove list status top wait reset set prefetch rebase export unexport \
-			serve; do
+	for command in create remove list status top wait changes map diff load commit reset set \
+			prefetch rebase export unexport serve; do
 		setpriv --reuid=65534 --regid=65534 --clear-groups \
 			"$dir/cowctl" "$command" 2>"$out/stderr"
 		if [ $? != 5 ] || ! grep -q 'must be root' "$out/stderr"; then
