@@ -679,8 +679,8 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 
 /*
  * The whole blocks of a DISCARD or WRITE_ZEROES. A block that the device's end
- * cuts counts as whole, unless the base goes on behind it, or the device went on
- * there once, and a longer table could show that.
+ * cuts counts as whole, unless the base goes on behind it and a longer table
+ * could show that.
  */
 static void whole_blocks(struct nbdcow_target *t, struct bio *bio, u64 *first,
 			 u64 *last)
@@ -690,8 +690,7 @@ static void whole_blocks(struct nbdcow_target *t, struct bio *bio, u64 *first,
 
 	*first = DIV_ROUND_UP_ULL(start, NBDCOW_BLOCK_SECTORS);
 	*last = nbdcow_block(end);
-	if (end == t->ti->len && t->overlay->base_sectors <= end &&
-	    READ_ONCE(t->overlay->longest) <= end)
+	if (end == t->ti->len && t->overlay->base_sectors <= end)
 		*last = DIV_ROUND_UP_ULL(end, NBDCOW_BLOCK_SECTORS);
 }
 
@@ -1259,7 +1258,7 @@ static int nbdcow_preresume(struct dm_target *ti)
 	struct nbdcow_target *t = ti->private;
 
 	/* The table before this one went on after it was loaded. */
-	if (!nbdcow_overlay_fits(t->overlay, ti->len)) {
+	if (!nbdcow_overlay_set_length(t->overlay, ti->len)) {
 		DMERR("%s: the table is shorter than the changes that the overlay holds",
 		      dm_table_device_name(ti->table));
 		return -EINVAL;

@@ -86,7 +86,7 @@ struct nbdcow_overlay {
 	struct list_head list;	/* those with a table; under overlays_mutex */
 	struct mapped_device *md; /* key of the overlay, gone after its tables */
 	sector_t base_sectors;	/* size of the base, constant: one view for all */
-	sector_t longest;	/* of all its tables so far; grows any time */
+	sector_t length;	/* of the live table, 0 before; under mutex */
 	char *tmpfs_dir;	/* as given, or NULL; constant */
 };
 
@@ -225,7 +225,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 					  struct block_device *base,
 					  const char *tmpfs_dir, char **error);
 void nbdcow_overlay_put(struct nbdcow_overlay *ov);
-bool nbdcow_overlay_fits(struct nbdcow_overlay *ov, sector_t sectors);
+bool nbdcow_overlay_set_length(struct nbdcow_overlay *ov, sector_t sectors);
 enum nbdcow_state nbdcow_overlay_state(struct nbdcow_overlay *ov, u64 block,
 				       u64 max, u64 *run);
 enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block);

@@ -982,9 +982,14 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	return ov;
 }
 
-/* Does a device of @nr_blocks show all changes? Under the overlay's mutex. */
-static bool overlay_fits(struct nbdcow_overlay *ov, u64 nr_blocks)
+/*
+ * Does a device of this length show all changes? Under the overlay's mutex. What is
+ * changed within a block is not known, so none may be that the new end cuts.
+ */
+static bool overlay_fits(struct nbdcow_overlay *ov, sector_t sectors)
 {
+	u64 nr_blocks = sectors < ov->length ? nbdcow_block(sectors) :
+			DIV_ROUND_UP_ULL(sectors, NBDCOW_BLOCK_SECTORS);
 	struct nbdcow_map *map = layer_of(ov)->map;
 	bool fits = true;
 
@@ -999,29 +1004,31 @@ static bool overlay_fits(struct nbdcow_overlay *ov, u64 nr_blocks)
 }
 
 /**
- * nbdcow_overlay_fits() - does a device of this length show all changes?
+ * nbdcow_overlay_set_length() - a table is about to come into force
  * @ov: the overlay
- * @sectors: the length
+ * @sectors: the table's length
  *
  * Context: process context, sleeps; nobody changes the overlay.
- * Return: whether it does.
+ * Return: whether a device of this length shows all changes; if not, nothing is set.
  */
-bool nbdcow_overlay_fits(struct nbdcow_overlay *ov, sector_t sectors)
+bool nbdcow_overlay_set_length(struct nbdcow_overlay *ov, sector_t sectors)
 {
 	bool fits;
 
 	mutex_lock(&ov->mutex);
-	fits = overlay_fits(ov, DIV_ROUND_UP_ULL(sectors, NBDCOW_BLOCK_SECTORS));
+	fits = overlay_fits(ov, sectors);
+	if (fits)
+		ov->length = sectors;
 	mutex_unlock(&ov->mutex);
 	return fits;
 }
 
-/* Can a table of @nr_blocks take this live overlay over? */
-static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
+/* Can a table of this length take this live overlay over? */
+static int overlay_adopt(struct nbdcow_overlay *ov, sector_t sectors,
 			 struct block_device *base, const char *tmpfs_dir,
 			 char **error)
 {
-	u64 old_blocks;
+	u64 nr_blocks = DIV_ROUND_UP_ULL(sectors, NBDCOW_BLOCK_SECTORS), old_blocks;
 	int ret = 0;
 	bool fits;
 
@@ -1037,7 +1044,7 @@ static int overlay_adopt(struct nbdcow_overlay *ov, u64 nr_blocks,
 
 	mutex_lock(&ov->mutex);
 	old_blocks = layer_of(ov)->map->nr_blocks;
-	fits = overlay_fits(ov, nr_blocks);
+	fits = overlay_fits(ov, sectors);
 	mutex_unlock(&ov->mutex);
 
 	if (!fits) {
@@ -1079,13 +1086,11 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	list_for_each_entry(ov, &overlays, list) {
 		if (ov->md != md)
 			continue;
-		ret = overlay_adopt(ov, nr_blocks, base, tmpfs_dir, error);
+		ret = overlay_adopt(ov, ti->len, base, tmpfs_dir, error);
 		if (ret) {
 			ov = ERR_PTR(ret);
 			goto out;
 		}
-		if (ti->len > ov->longest)
-			WRITE_ONCE(ov->longest, ti->len);
 		kref_get(&ov->kref);
 		ov->tables++;
 		goto out;
@@ -1095,7 +1100,6 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	if (!IS_ERR(ov)) {
 		ov->md = md;
 		ov->base_sectors = bdev_nr_sectors(base);
-		ov->longest = ti->len;
 		ov->tables = 1;
 		list_add(&ov->list, &overlays);
 	}
