@@ -6,9 +6,13 @@
  *
  * The block has two halves, so that a write can be partial. Clients do operations
  * of every kind, from every state that the block may have at first. `memory' swaps
- * pages out, drops clean ones and migrates them, whenever the kernel may. Steps are
- * merged only where nobody could look in between, or where it makes the check
- * stricter (an operation ends with its last step).
+ * pages out, drops clean ones and migrates them, whenever the kernel may; `layer_work'
+ * frees what a reset replaced. Steps are merged only where nobody could look in
+ * between, or where it makes the check stricter (an operation ends with its last step).
+ *
+ * A new page is not up to date before it is filled, or it is one that tmpfs has zeroed,
+ * which is what a page that is larger than a block looks like, too: up to date, and
+ * nothing of this block in it.
  *
  * What must hold:
  *  - Reads are linearizable, each half for itself: a read sees an operation that
@@ -27,22 +31,30 @@
  * and to KCSAN. Nor is base.c in it: each partial write reads the base for itself.
  *
  * Some lines could go without a loss in this model, so they are no mutants.
- * set_page_dirty() in rewrite(): a locked page of the file is dirty since its install
- * or since it came back from swap. The check of the mapping in nbdcow_store_lock(),
- * and the state before the punch in __zero_leaf(): the reference keeps the page, and
- * what is written to it while it goes comes before the discard.
+ *  - set_page_dirty() in rewrite_found(), and folio_mark_dirty() in a rewrite: a locked
+ *    page of the file is dirty since its install or since it came back from swap.
+ *  - The check of the mapping in nbdcow_store_lock(), and the state before the punch in
+ *    __zero_leaf(): the reference keeps the page, and what is written to it while it
+ *    goes comes before the discard. The check of PageUptodate() there: the page was up
+ *    to date when it was found, and stays so.
+ *  - That a page of nbdcow_write_begin() is locked, and not up to date, before it is
+ *    filled: whoever finds it earlier sees from the state that it is not the block's.
+ *  - wait_for_dying() in nbdcow_overlay_reset(): it only keeps memory from piling up.
  */
 
-/* In install_block(), fill_and_publish() and __overlay_write() */
+/* In install_block(), fill_and_publish(), nbdcow_store_filled(), __overlay_write() */
 #define NO_SECOND_LOOK	  1	/* who has read the base does not look for OVERLAY */
 #define BASE_OVER_ZERO	  2	/* ... nor for ZERO: `state == NBDCOW_BASE' */
 #define NO_INSTALLER_LOCK 3	/* mutex_lock(lock) */
 #define NO_SLOW_LOCK	  4	/* nbdcow_store_lock() in nbdcow_store_get_locked() */
 #define STATE_BEFORE_DATA 5	/* nbdcow_map_change() comes last */
-#define DIRTY_LATE	  6	/* set_page_dirty() before unlock_page(), put_page() */
+#define DIRTY_LATE	  6	/* folio_mark_dirty() before unlock_page(), put_page() */
 #define NO_SHARD_READ	  7	/* lock_shard_read() in nbdcow_overlay_write() */
-/* In rewrite(), find_stored(), nbdcow_store_find() and nbdcow_store_lock() */
-#define NO_REWRITE_LOCK	  10	/* find_stored(…, true) */
+#define NO_FILL		  8	/* nbdcow_fill_page() for zeroes: the page is not zeroed */
+#define NO_UPTODATE	  9	/* folio_mark_uptodate() */
+#define UPTODATE_LATE	  10	/* ... before unlock_page() */
+/* In nbdcow_overlay_copy(), read_found(), rewrite_found() and usable_page() */
+#define NO_REWRITE_LOCK	  11	/* nbdcow_store_lock() in rewrite_found() */
 #define NO_LOOK		  12	/* the state once the page is there */
 #define LOOK_BEFORE_FIND  13	/* only its order */
 #define NO_UPTODATE_CHECK 14	/* folio_test_uptodate() */
@@ -52,13 +64,14 @@
 #define NO_SHARD_WRITE	  20	/* down_write(lock) */
 #define PUNCH_UNLOCKED	  21	/* it lasts until the pages are gone */
 #define NO_GRACE_LEAF	  23	/* call_rcu() */
-/* In nbdcow_overlay_reset() and overlay_grow() */
+/* In nbdcow_overlay_reset(), nbdcow_overlay_put() and overlay_grow() */
 #define NO_SHARD_RESET	  30	/* lock_all_shards() in a reset */
 #define NO_SHARD_GROW	  31	/* lock_all_shards() in growth */
-#define NO_GRACE_RESET	  32	/* synchronize_rcu() in a reset */
+#define NO_GRACE_RESET	  32	/* queue_rcu_work(): not just queue_work() */
 #define NO_GRACE_GROW	  33	/* synchronize_rcu() in growth */
 #define GRACE_UNLOCKED	  34	/* ... while the shards are locked */
 #define NO_MUTEX	  35	/* ov->mutex */
+#define NO_DYING	  36	/* wait_for_dying() in nbdcow_overlay_put() */
 
 #ifndef MUTANT
 #define MUTANT	0
@@ -205,7 +218,6 @@ inline check_half(half, gone, past, value)
  */
 
 byte rcu;			/* bit per client in a read section */
-byte waits_for[3];		/* synchronize_rcu() of a client: these clients */
 
 byte shard_readers;
 bit shard_writer, installer, mutex;
@@ -219,7 +231,7 @@ bit shard_writer, installer, mutex;
 typedef Leaf {
 	byte word;		/* the block's state */
 	bit used;
-	bit dying;		/* freed, or will be when nobody is in: */
+	bit going;		/* freed, or will be when nobody is in: */
 	byte readers;		/* bit per client */
 };
 Leaf leaf[LEAVES];
@@ -228,11 +240,15 @@ typedef Layer {
 	byte slot;		/* BASE, ZERO, or LEAF + leaf */
 	byte file;
 	byte used;
+	byte readers;		/* clients that its grace period waits for */
+	bit queued;		/* for layer_work() */
 	bit freed;
 };
 Layer layers[LAYERS];
 byte nr_layers;
 byte layer;			/* ov->layer */
+byte dying;			/* ov->dying */
+bit ov_gone;			/* it is freed */
 byte total_used;
 
 inline rcu_read_lock()
@@ -249,9 +265,11 @@ inline rcu_read_unlock()
 	:: else -> break
 	od;
 	i = 0;
-	waits_for[0] = waits_for[0] & ~BIT(me);
-	waits_for[1] = waits_for[1] & ~BIT(me);
-	waits_for[2] = waits_for[2] & ~BIT(me)
+	do
+	:: i < LAYERS -> layers[i].readers = layers[i].readers & ~BIT(me); i++
+	:: else -> break
+	od;
+	i = 0
 }
 
 /*
@@ -351,19 +369,42 @@ inline punch(f)
 	n = 0
 }
 
-/* nbdcow_store_find() or, if that finds none, shmem_read_mapping_page_gfp() */
+/* A new page of the file, with a reference */
+inline page_add(f, p, content)
+{
+	page_find(p, 0);
+	assert(p < PAGES);
+	page[p].bytes[0] = content;
+	page[p].bytes[1] = content;
+	page[p].owner = 1 + f;
+	page[p].refs = BIT(me);
+	file[f].entry = 1 + p
+}
+
+/* nbdcow_write_begin(), where the file has nothing */
+inline write_begin(f, p)
+{
+	page_add(f, p, GARBAGE);
+	page[p].locked = 1
+}
+
+/*
+ * nbdcow_store_find() or, if that finds none, shmem_read_mapping_page_gfp(). That
+ * waits for the lock of a page that is not up to date, and makes it so with zeroes.
+ */
 inline shmem_read(f, p)
 {
+	!LOCKED(f) || page[PAGE_OF(f)].uptodate;
 	if
 	:: file[f].entry == 0 ->
-		page_find(p, 0);
-		assert(p < PAGES);
 		/* not locked any more, not dirty yet */
+		page_add(f, p, ZERO_BYTES);
+		page[p].uptodate = 1
+	:: HAS_PAGE(f) && !page[PAGE_OF(f)].uptodate ->
+		p = PAGE_OF(f);
 		page[p].bytes[0] = ZERO_BYTES;
 		page[p].bytes[1] = ZERO_BYTES;
-		page[p].uptodate = 1;
-		page[p].owner = 1 + f;
-		file[f].entry = 1 + p
+		page[p].uptodate = 1
 	:: file[f].entry == SWAP ->
 		page_find(p, 1 + f);
 		if
@@ -393,7 +434,7 @@ inline shmem_read(f, p)
  */
 
 /* Nobody may get at a leaf that may be gone. */
-#define leaf_is_safe(n)	(!leaf[n].dying || (leaf[n].readers & BIT(me)))
+#define leaf_is_safe(n)	(!leaf[n].going || (leaf[n].readers & BIT(me)))
 
 /* The second half of nbdcow_map_run(), which got the slot a step before. */
 inline map_word()
@@ -452,7 +493,7 @@ inline map_zero_leaf()
 		assert(leaf_is_safe(n));
 		stored = stored || leaf[n].word == OVERLAY;
 		/* call_rcu() */
-		leaf[n].dying = 1;
+		leaf[n].going = 1;
 #if MUTANT != NO_GRACE_LEAF
 		leaf[n].readers = rcu
 #endif
@@ -466,10 +507,10 @@ inline map_zero_leaf()
  */
 
 /*
- * find_stored(): `found' is 1 if there is a page, with a reference and, with
- * `lock', locked. It is that or already unlocked when RCU is.
+ * nbdcow_overlay_copy() as far as the copying: `found' is 1 if that may begin, in the
+ * page `p' with a reference and, for `write', locked. RCU is unlocked if not.
  */
-inline find_stored(lock)
+inline overlay_copy(write)
 {
 	atomic {
 		rcu_read_lock();
@@ -480,7 +521,7 @@ inline find_stored(lock)
 	d_step { map_word() }
 #endif
 	d_step {
-		/* nbdcow_store_find() */
+		/* nbdcow_store_walk() */
 		assert(!layers[lay].freed);
 #if MUTANT == LAYER_TWICE
 		f = layers[layer].file;
@@ -502,7 +543,7 @@ inline find_stored(lock)
 		fi
 	}
 	if
-	:: found && lock ->
+	:: found && write ->
 		d_step {
 			/* nbdcow_store_lock() */
 			found = !page[p].locked && IS_OF(f, p);
@@ -527,7 +568,7 @@ inline find_stored(lock)
 		if
 		:: found && state != OVERLAY ->
 			if
-			:: lock -> page[p].locked = 0
+			:: write -> page[p].locked = 0
 			:: else
 			fi;
 			put_page(p);
@@ -536,11 +577,14 @@ inline find_stored(lock)
 		fi;
 #if MUTANT == NO_READ_REF
 		if
-		:: found && !lock -> put_page(p)
+		:: found && !write -> put_page(p)
 		:: else
 		fi;
 #endif
-		rcu_read_unlock();
+		if
+		:: !found -> rcu_read_unlock()
+		:: else
+		fi;
 		state = 0;
 		lay = 0;
 		f = 0
@@ -591,7 +635,10 @@ inline copy_to_page()
 
 inline unlock_and_put()
 {
-#if MUTANT != NO_SLOW_LOCK
+#if MUTANT == NO_SLOW_LOCK
+	/* only nbdcow_write_begin() locked it; `found' is 0 then */
+	page[p].locked = page[p].locked && found;
+#else
 	page[p].locked = 0;
 #endif
 	put_page(p);
@@ -621,6 +668,15 @@ inline forget()
 	past = 0;
 	got[0] = 0;
 	got[1] = 0
+}
+
+inline layer_free(lay)
+{
+	assert(!layers[lay].freed);
+	layers[lay].freed = 1;
+	layers[lay].slot = 0;
+	layers[lay].used = 0;
+	layers[lay].file = 0
 }
 
 byte running;		/* clients that have not ended */
@@ -661,12 +717,13 @@ read_again:
 	:: state != OVERLAY -> goto read_done
 	:: else
 	fi;
-	find_stored(0);
+	overlay_copy(0);
 	if
 	:: found ->
 		d_step {
 			copy_from_page();
-			put_page(p)
+			put_page(p);
+			rcu_read_unlock()
 		}
 		goto read_done
 	:: else
@@ -690,7 +747,7 @@ read_again:
 			unlock_and_put()
 		:: else ->
 			/* -ESTALE, or from a work with patience */
-			work = (state == OVERLAY);
+			work = work || state == OVERLAY;
 			rcu_read_lock();
 			lay = layer;
 			slot = layers[lay].slot
@@ -716,10 +773,10 @@ write:	/* nbdcow_overlay_write(), and what calls it again */
 	atomic { op_begin(op) }
 write_again:
 	if
-	:: true ->
-		/* rewrite(): the look before is only a hint, so there is none */
+	:: !work ->
+		/* map_write(): the look before is only a hint, so there is none */
 #if MUTANT == NO_REWRITE_LOCK
-		find_stored(0)
+		overlay_copy(0)
 #elif MUTANT == NO_LOOK || MUTANT == LOOK_BEFORE_FIND
 		d_step {
 			lay = layer;
@@ -727,26 +784,14 @@ write_again:
 			lay = 0
 		}
 		if
-		:: state == OVERLAY -> state = 0; find_stored(1)
+		:: state == OVERLAY -> state = 0; overlay_copy(1)
 		:: else -> state = 0
 		fi
 #else
-		find_stored(1)
+		overlay_copy(1)
 #endif
 	:: true
 	fi;
-#if MUTANT == NO_SECOND_LOOK
-	if
-	:: found && has_base ->
-		d_step {
-			page[p].locked = 0;
-			put_page(p);
-			p = 0;
-			found = 0
-		}
-	:: else
-	fi;
-#endif
 	if
 	:: found ->
 		d_step {
@@ -756,7 +801,8 @@ write_again:
 			page[p].locked = 0;
 #endif
 			put_page(p);
-			p = 0
+			p = 0;
+			rcu_read_unlock()
 		}
 		goto write_done
 	:: else
@@ -827,29 +873,36 @@ write_again:
 		total_used++;
 		map_prepare()
 	}
+	/* nbdcow_store_new() */
 	if
+	:: d_step { file[f].entry == 0 -> write_begin(f, p) }
+		goto fill_and_publish
+	:: true			/* -ENOMEM, or there is something */
 #if FAIL
 	:: true -> goto no_page
 #endif
-	:: true -> store_get_locked()
 	fi;
+	store_get_locked();
 	if
 	:: !found -> goto no_page
 #if FAIL
 	:: found ->
-		/* NBDCOW_NOWAIT did not get the lock */
+		/* NBDCOW_NOWAIT did not get the lock: the page stays, zeroed */
 		d_step { unlock_and_put(); found = 0 }
 		goto no_page
 #endif
 	:: found
 	fi;
-	/* fill_and_publish() */
+fill_and_publish: /* `state' is what it was under the lock */
 #if MUTANT == STATE_BEFORE_DATA
-	d_step { map_change(OVERLAY) }
+	atomic { map_change(OVERLAY) }
 #endif
-	d_step {
+	atomic {
 		if
 		:: kind[op] == WHOLE
+#if MUTANT == NO_FILL
+		:: kind[op] != WHOLE && state == ZERO
+#endif
 #if MUTANT == BASE_OVER_ZERO
 		:: kind[op] != WHOLE && has_base ->
 			page[p].bytes[0] = BASE_BYTES;
@@ -862,6 +915,10 @@ write_again:
 	}
 	d_step { copy_to_page() }
 	d_step {
+		/* nbdcow_store_filled() */
+#if MUTANT != NO_UPTODATE && MUTANT != UPTODATE_LATE
+		page[p].uptodate = 1;
+#endif
 #if MUTANT != DIRTY_LATE
 		page[p].dirty = 1;
 #endif
@@ -876,6 +933,8 @@ filled:
 		unlock_and_put();
 		p = n;
 		n = 0;
+#elif MUTANT == UPTODATE_LATE
+		page[p].locked = 0;
 #else
 		unlock_and_put();
 #endif
@@ -888,6 +947,8 @@ filled:
 	}
 #if MUTANT == DIRTY_LATE
 	page[p].dirty = page[p].refs || page[p].owner || page[p].swapcache;
+#elif MUTANT == UPTODATE_LATE
+	d_step { page[p].uptodate = 1; put_page(p) }
 #endif
 	goto write_done;
 no_page:
@@ -991,6 +1052,10 @@ zero_done:
 	goto next;
 
 replace: /* nbdcow_overlay_reset(), overlay_grow(); p is the new layer */
+	if
+	:: kind[op] == RESET && !dying
+	:: kind[op] == GROW
+	fi;
 #if MUTANT != NO_MUTEX
 	atomic { !mutex -> mutex = 1 }
 #endif
@@ -1021,71 +1086,90 @@ replace: /* nbdcow_overlay_reset(), overlay_grow(); p is the new layer */
 			layers[p].used = layers[lay].used
 		fi
 	}
-	d_step {
+	if
+	:: d_step {
+		kind[op] == RESET ->
 		layer = p;
-		p = 0;
-		if
-		:: kind[op] == RESET ->
+		/* unreserve() */
+		total_used = total_used - layers[lay].used;
+		layers[lay].used = 0;
+		dying++;
+		layers[lay].queued = 1;
+#if MUTANT != NO_GRACE_RESET
+		layers[lay].readers = rcu;
+#endif
 #if MUTANT != NO_SHARD_RESET
-			shard_writer = 0;
+		shard_writer = 0;
 #endif
 #if MUTANT != NO_MUTEX
-			mutex = 0;
+		mutex = 0;
 #endif
-#if MUTANT != NO_GRACE_RESET
-			waits_for[me] = rcu
-#endif
-		:: else ->
+		op_end(op)
+	   }
+	:: d_step {
+		kind[op] == GROW ->
+		layer = p;
 #if MUTANT == GRACE_UNLOCKED
-			shard_writer = 0;
+		shard_writer = 0;
 #endif
 #if MUTANT != NO_GRACE_GROW
-			waits_for[me] = rcu
+		layers[lay].readers = rcu
 #endif
-		fi
-	}
-	/* synchronize_rcu() */
-	waits_for[me] == 0;
-	if
-	:: kind[op] == RESET ->
-		/* layer_destroy() */
-		f = layers[lay].file;
-		atomic { !LOCKED(f) -> punch(f) }
-	:: kind[op] == GROW ->
+	   }
 		d_step {
-			skip;
+			/* synchronize_rcu() */
+			!layers[lay].readers ->
 #if MUTANT != NO_SHARD_GROW && MUTANT != GRACE_UNLOCKED
 			shard_writer = 0;
 #endif
 #if MUTANT != NO_MUTEX
 			mutex = 0;
 #endif
+			layer_free(lay)
 		}
 	fi;
-	atomic {
-		if
-		:: kind[op] == RESET ->
-			total_used = total_used - layers[lay].used;
-			if
-			:: layers[lay].slot >= LEAF -> leaf[layers[lay].slot - LEAF].dying = 1
-			:: else
-			fi;
-			op_end(op)
-		:: else
-		fi;
-		assert(!layers[lay].freed);
-		layers[lay].freed = 1;
-		layers[lay].slot = 0;
-		layers[lay].used = 0;
-		layers[lay].file = 0;
-		forget();
-		op++
-	}
+	atomic { forget(); op++ }
 	goto next;
 
 out:
 	running--
 }
+
+/* Nobody could look in between, so one of them is as good as one for each layer. */
+inline layer_work_of(lay)
+{
+	d_step {
+		layers[lay].queued && !layers[lay].readers && !LOCKED(layers[lay].file) ->
+		layers[lay].queued = 0;
+		/* layer_destroy() */
+		f = layers[lay].file;
+		punch(f);
+		f = 0;
+		if
+		:: layers[lay].slot >= LEAF -> leaf[layers[lay].slot - LEAF].going = 1
+		:: else
+		fi;
+		total_used = total_used - layers[lay].used;
+		layer_free(lay);
+		assert(!ov_gone);
+		dying--
+	}
+}
+
+#if LAYERS > 1
+active proctype layer_work()
+{
+	byte f;
+
+end:
+	do
+	:: layer_work_of(0)
+#if LAYERS > 2
+	:: layer_work_of(1)
+#endif
+	od
+}
+#endif
 
 /*
  * Reclaim: shmem_writeout() of a dirty page and __remove_mapping() of a clean one.
@@ -1236,7 +1320,7 @@ inline check_outcome()
 	i = 0;
 	do
 	:: i < LEAVES ->
-		assert(!leaf[i].used || leaf[i].dying || layers[lay].slot == LEAF + i);
+		assert(!leaf[i].used || leaf[i].going || layers[lay].slot == LEAF + i);
 		i++
 	:: else -> break
 	od;
@@ -1282,8 +1366,17 @@ init
 		run client(2, 1 + OPS0 + OPS1, OPS);
 #endif
 	}
+	/* nbdcow_overlay_put() */
 	d_step {
-		running == 0 && !LOCKED(layers[layer].file) ->
+#if MUTANT == NO_DYING
+		running == 0 ->
+#else
+		running == 0 && !dying ->
+#endif
+		ov_gone = 1
+	}
+	d_step {
+		!dying && !LOCKED(layers[layer].file) ->
 		check_outcome()
 	}
 end_other:
