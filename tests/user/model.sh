@@ -42,7 +42,7 @@ holds()
 
 	shift 2
 	verify "$name" -O2 "$@" && grep -q 'errors: 0$' "$out/$model-$name/log" &&
-		! grep -qE 'search not completed|max search depth' "$out/$model-$name/log"
+		! grep -qiE 'search not completed|max search depth' "$out/$model-$name/log"
 	result $? "$model: $title" "$out/$model-$name/log"
 	echo "# $(numbers "$name")"
 }
@@ -83,7 +83,8 @@ growth=(-DMEMORY=0 -DOPS0=2 -DOPS2=2 -DKIND1=0 -DKIND2=0 -DKIND3=6 -DKIND4=4 -DK
 holds growth 'five operations around growth' "${growth[@]}"
 if [ -n "${MODEL_LONG:-}" ]; then
 	holds long1 'three clients on one layer, everything, while memory is short' -DLAYERS=1
-	holds long2 'two operations each of two clients' "${two[@]}" -DMEMORY=0 -DOPS0=2 -DOPS1=2
+	holds long2 'two operations each of two clients on one layer' "${two[@]}" -DLAYERS=1 \
+		-DMEMORY=0 -DOPS0=2 -DOPS1=2
 fi
 
 # With two clients unless it takes more.
