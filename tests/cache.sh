@@ -290,6 +290,15 @@ prefetch_and_suspend()
 	io $COW 'check 0 end .'
 }
 
+# The next one begins when what the stopped one reads has come.
+stopped_prefetch()
+{
+	prefetching 'message test-cow prefetch stop' 'bg message test-cow prefetch 0 1024' \
+		'asleep nbdcow_prefetch_start' 'pending 1' "$RELEASE" join
+	prefetch_ends
+	io $COW 'check 0 end .'
+}
+
 # It ends with its table, and what it has read stays.
 prefetch_and_new_table()
 {
@@ -487,6 +496,7 @@ run_tests \
 	prefetch_and_writes 'reads and writes during a prefetch' \
 	prefetch_and_reset 'a reset during a prefetch' \
 	prefetch_and_suspend 'a suspend during a prefetch' \
+	stopped_prefetch 'a prefetch after one that was stopped' \
 	prefetch_and_new_table 'a new table during a prefetch' \
 	prefetch_and_remove 'a removal during a prefetch' \
 	prefetch_and_limit 'a lower limit during a prefetch' \
