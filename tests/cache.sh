@@ -381,7 +381,7 @@ calm()
 	for pid in "${churners[@]}"; do
 		wait "$pid"
 	done
-	between 'rounds' "$(wc -l <"$work/churned")" $((4 * ${#churners[@]})) 1000000
+	between 'rounds' "$(wc -l <"$work/churned")" ${#churners[@]} 1000000
 	churners=()
 }
 churners=()
