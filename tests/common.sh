@@ -27,6 +27,7 @@ PATH=${BASH_SOURCE%/*}:${BASH_SOURCE%/*}/../build/tests:$PATH
 
 MODULE=/sys/module/dm_nbdcow
 LEAVES=/sys/kernel/slab/nbdcow_leaf
+KMEMLEAK=/sys/kernel/debug/kmemleak
 
 fail()
 {
@@ -469,6 +470,20 @@ check_log()
 		echo "the kernel complains: ${BASH_REMATCH[0]}"
 		return 1
 	fi
+}
+
+# Lets kmemleak look for memory that nobody knows any more. It tells what is some
+# seconds old and looks the same as at the last scan.
+find_leaks()
+{
+	echo scan >$KMEMLEAK && sleep 6 && echo scan >$KMEMLEAK
+}
+
+# What of it the module has allocated, once for each place.
+module_leaks()
+{
+	awk '/^unreferenced/ { record = "" } { record = record $0 "\n" }
+		/\[dm_nbdcow\]/ && !($0 in seen) { printf "%s", record; seen[$0]; record = "" }' $KMEMLEAK
 }
 
 # Leaves of the maps of all overlays.
