@@ -616,8 +616,10 @@ end_script()
 	trap - EXIT ERR INT TERM
 	set +eE
 	if [ $rc != 0 ] && [ -n "${in_fixture:-}" ]; then
-		sed 's/^/# /' "$work/log"
-		echo 'Bail out! What the tests need could not be made.'
+		{
+			sed 's/^/# /' "$work/log"
+			echo 'Bail out! What the tests need could not be made.'
+		} >&"$tap"
 	fi
 	run_undo
 	rm -rf "$work"
@@ -635,7 +637,10 @@ run_with_fixture()
 	set -eE
 	note_memory
 	used=$total_used_before refs=$refcnt_before leaves=$leaves_before shmem=$shmem_before
+	# what ends the script in there leaves the output as it is
+	exec {tap}>&1
 	fixture >"$work/log" 2>&1
+	exec {tap}>&-
 	set +eE
 	trap - ERR
 	in_fixture=
