@@ -118,6 +118,7 @@ static void usage(void)
 	     "                              there on. After a failure each block must be as before\n"
 	     "                              or as wanted, and the command must work again. Then,\n"
 	     "                              and after success, the device must be as in the model.\n"
+	     "                              It is an error if there was no fault.\n"
 	     "before | after COMMAND         at the start and the end of each of these rounds\n"
 	     "failed COMMAND                after each failure\n"
 	     "try COMMAND                   may fail, and has then changed nothing");
@@ -995,6 +996,9 @@ static int data_command(char **words, int count, int flags, int want, const char
 #define ROUND_COMMANDS 16
 #define TASKS 256
 #define POINTS 8		/* of each kind, from which on all allocations fail */
+#define MOST_FAULTS 1000000000	/* more than there are in a round */
+
+static const char *const kinds[] = { "failslab", "fail_page_alloc" };
 
 static struct commands {
 	char *texts[ROUND_COMMANDS];
@@ -1146,6 +1150,12 @@ static void close_tasks(void)
 		close(tasks[--nr_tasks]);
 }
 
+/* How many faults there were, by what makes them. */
+static struct {
+	unsigned int nth;
+	long kind[2];
+} hits;
+
 /* The @nth allocation or request of each task fails. Returns: whether there was one. */
 static bool fail_nth(unsigned int nth, char **words, int *ret)
 {
@@ -1164,6 +1174,7 @@ static bool fail_nth(unsigned int nth, char **words, int *ret)
 			die("cannot end the faults: %s", strerror(errno));
 	}
 	close_tasks();
+	hits.nth += hit;
 	return hit;
 }
 
@@ -1179,36 +1190,46 @@ static int open_knob(const char *kind, const char *name)
 	return knob;
 }
 
-static void set_knob(int knob, const char *text)
+static void set_knob(int knob, long value)
 {
-	if (write(knob, text, strlen(text)) != (ssize_t)strlen(text))
+	char text[24];
+	int len = snprintf(text, sizeof(text), "%ld", value);
+
+	if (write(knob, text, len) != len)
 		die("cannot set a fault to %s: %s", text, strerror(errno));
+}
+
+static long get_knob(int knob)
+{
+	char text[24] = "";
+
+	if (read(knob, text, sizeof(text) - 1) <= 0)
+		die("cannot read what is left of a fault: %s", strerror(errno));
+	return atol(text);
 }
 
 /*
  * All allocations of a kind fail once there were so many; what is counted is
  * bytes for slabs, pages for pages. Returns: how much there was.
  */
-static long fail_from(const char *kind, long from, char **words, int *ret)
+static long fail_from(unsigned int kind, long from, char **words, int *ret)
 {
-	int space = open_knob(kind, "space"), times = open_knob(kind, "times");
-	char text[24];
+	int space = open_knob(kinds[kind], "space"), times = open_knob(kinds[kind], "times");
+	long left;
 
-	snprintf(text, sizeof(text), "%ld", from + 1);
-	set_knob(space, text);
+	set_knob(space, from + 1);
 	open_tasks("make-it-fail");
 	tell_tasks(1);
-	set_knob(times, "-1");
+	set_knob(times, MOST_FAULTS);
 	*ret = attempt(words);
-	set_knob(times, "0");
+	hits.kind[kind] += MOST_FAULTS - get_knob(times);
+	set_knob(times, 0);
 	tell_tasks(0);
 	close_tasks();
-	memset(text, 0, sizeof(text));
-	if (read(space, text, sizeof(text) - 1) <= 0)
-		die("cannot read how much is left");
+	left = get_knob(space);
 	close(space);
 	close(times);
-	return from + 1 - atol(text);
+	return from + 1 - left;
 }
 
 /* What follows an attempt. Returns: whether it had failed. */
@@ -1232,7 +1253,6 @@ static bool end_round(char **words, int ret)
 
 static void do_faults(char **words)
 {
-	static const char *const kinds[] = { "failslab", "fail_page_alloc" };
 	unsigned int nth, misses = 0, rounds = 0, failures = 0, kind;
 	char text[200];
 	long all, from;
@@ -1241,6 +1261,7 @@ static void do_faults(char **words)
 	/* no new pages for buffers while allocations fail */
 	mallopt(M_MMAP_THRESHOLD, 1 << 30);
 	mallopt(M_TRIM_THRESHOLD, 1 << 30);
+	memset(&hits, 0, sizeof(hits));
 	join_words(text, sizeof(text), words);
 	play(&before);
 	if (attempt(words))
@@ -1257,22 +1278,26 @@ static void do_faults(char **words)
 	}
 	for (kind = 0; kind < 2; kind++) {
 		play(&before);
-		all = fail_from(kinds[kind], 1L << 30, words, &ret);
+		all = fail_from(kind, 1L << 30, words, &ret);
 		end_round(words, ret);
 		for (from = 0; from < all; from += all / POINTS + 1) {
 			snprintf(round_text, sizeof(round_text), "%s from %ld on: ", kinds[kind],
 				 from);
 			play(&before);
-			fail_from(kinds[kind], from, words, &ret);
+			fail_from(kind, from, words, &ret);
 			rounds++;
 			failures += end_round(words, ret);
 		}
 	}
 	round_text[0] = '\0';
+	/* whatever is asked of the kernel takes some memory from slabs */
+	if (!hits.nth || !hits.kind[0])
+		die("%s: %u and %ld faults, so it shows nothing", text, hits.nth, hits.kind[0]);
 	forget(&before);
 	forget(&failed);
 	forget(&after);
-	printf("%s: %u rounds, %u failures\n", text, rounds, failures);
+	printf("%s: %u rounds with %u, %ld and %ld faults, %u failures\n", text, rounds, hits.nth,
+	       hits.kind[0], hits.kind[1], failures);
 }
 
 /* Returns: 0 or -errno; @want is set to what it should be. */
