@@ -264,6 +264,103 @@ viewed()
 		'after status test-cow used=0' 'faults message test-cow reset' 'absent test-view'
 }
 
+BASE=/dev/mapper/test-base
+# The base goes away, and comes back.
+AWAY=('load test-base 4096 error' 'resume test-base')
+BACK=('load test-base 4096 linear /dev/ram0 0' 'resume test-base')
+FILL='prefetch test-cow 0 512'
+# Neither a block nor a number is left of a cache that is dropped.
+DROPPED=('message test-cow drop_cache' 'await test-cow cached=0')
+
+# cache_step COMMAND...: as step, on a base with a cache that nobody else has
+cache_step()
+{
+	make_dm test-base '0 4096 linear /dev/ram0 0'
+	make_cow test-cow 6144 $BASE
+	may_fail $COW
+	io $COW "${BACK[@]/#/before }" 'before message test-cow reset' \
+		"${DROPPED[@]/#/before }" 'before model 2M' "$@"
+}
+
+# filling COMMAND...: what is read goes into the cache, and is right there
+filling()
+{
+	cache_step 'before message test-cow cow_on_read on' 'after verify' \
+		"${DROPPED[@]/#/after }" "$@"
+}
+
+miss()
+{
+	filling 'faults check 48k 64k .'
+}
+
+eviction()
+{
+	filling 'before message test-cow cache_limit 16' 'before check 0 64k .' \
+		'before status test-cow cached=16' 'faults check 64k 48k .'
+}
+
+cached_write()
+{
+	filling 'after status test-cow used=1' 'faults write 9s 1s A'
+}
+
+# Without the base all is compared with the cache.
+prefetch()
+{
+	cache_step 'after status test-cow cached=512 prefetch=done:512' \
+		"${AWAY[@]/#/after }" "faults $FILL"
+}
+
+write_without_base()
+{
+	cache_step "before $FILL" "${AWAY[@]/#/before }" \
+		'after status test-cow used=8 cached=512' 'faults write 9s 57s A'
+}
+
+cache_limit()
+{
+	cache_step 'before message test-cow cache_limit none' "before $FILL" \
+		'after status test-cow cached=64 cache_limit=64' \
+		'faults message test-cow cache_limit 64'
+}
+
+drop_cache()
+{
+	cache_step "before $FILL" 'after status test-cow cached=0' \
+		'faults message test-cow drop_cache'
+}
+
+# The old base keeps its cache, the new one begins its own.
+rebase()
+{
+	make_dm test-base '0 4096 linear /dev/ram0 0'
+	undo io /dev/ram0 'message test-other drop_cache'
+	changes 'before prefetch test-new 0 512' \
+		'failed resume test-new' "${THERE[@]/#/failed }" 'failed open -' \
+		'after status test-new used=16 cached=480' 'after status test-other cached=512' \
+		"faults reload test-new 4096 nbdcow $BASE 1 cow_on_read"
+}
+
+# Parts of two leaves of the map, and one as a whole. What is known is not read.
+holes()
+{
+	local zeroes=309248
+
+	need_module dm-zero
+	make_dm test-zeroes "0 $zeroes zero"
+	make_dm test-base "0 2048 linear /dev/ram0 0
+		2048 $zeroes linear /dev/mapper/test-zeroes 0"
+	undo io /dev/ram0 'absent test-new'
+	io /dev/ram0 'before open -' 'before absent test-new' \
+		"before load test-zeroes $zeroes zero" 'before resume test-zeroes' \
+		"before create test-new 6144 nbdcow $BASE" 'before open test-new' \
+		'before model 1M' "after load test-zeroes $zeroes error" \
+		'after resume test-zeroes' \
+		'faults message test-new holes 256 16128 16384 16384 32768 100' \
+		'open -' 'absent test-new'
+}
+
 # Nothing is left of all that failed.
 no_leak()
 {
@@ -302,4 +399,13 @@ run_tests \
 	view 'a view is made' \
 	viewed 'blocks that a view needs are written and discarded' \
 	swapped_out 'blocks that are swapped out are read and written' \
+	miss 'blocks are read into the cache of the base' \
+	eviction 'others make room for them there' \
+	cached_write 'a sector is written, and its block cached' \
+	prefetch 'the base is read ahead' \
+	write_without_base 'parts of cached blocks are written' \
+	cache_limit 'the cache gets a limit' \
+	drop_cache 'the cache is dropped' \
+	rebase 'a table with another base is taken over' \
+	holes 'holes of the base become known' \
 	no_leak 'nothing leaks'

@@ -15,6 +15,7 @@
 #include <linux/fs.h>
 #include <malloc.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <dirent.h>
@@ -96,6 +97,9 @@ static void usage(void)
 	     "suspend NAME | resume NAME    resume takes the new table, if there is one\n"
 	     "message NAME ...              sends it a message\n"
 	     "status NAME FIELD=VALUE...    fields of an overlay's status\n"
+	     "await NAME FIELD=VALUE...     waits until they are so\n"
+	     "prefetch NAME BLOCK BLOCKS    sends that message and waits for the end: EIO if the\n"
+	     "                              base failed, ENOMEM if something did not fit\n"
 	     "inflight DEVICE N             waits until DEVICE has N requests in flight\n"
 	     "held NAME N                   waits until the dm-delay device holds N reads\n"
 	     "run PROGRAM [ARG...]          must exit with 0\n"
@@ -580,21 +584,24 @@ static int do_message(char **words)
 	return dm_message(words[0], text);
 }
 
-/* Each of @words but the first is FIELD=VALUE. */
-static int do_status(char **words)
+/*
+ * Each of @words but the first is FIELD=VALUE. Leaves one that is not so, or NULL, in
+ * @wrong.
+ */
+static int look_at_status(char **words, struct dm_call *call, const char **wrong)
 {
 	static const char *const names[] = {
 		"health", "used", "limit", "peak", "zeroed", "metadata", "refused", "errors",
 		"cached", "cache_limit", "hits", "misses", "evicted", "overlay", "base", "prefetch",
 	};
-	struct dm_call call;
 	unsigned int i;
-	int ret = dm_status(words[0], &call);
+	int ret = dm_status(words[0], call);
 
+	*wrong = NULL;
 	if (ret)
 		return ret;
-	for (words++; *words; words++) {
-		const char *at = call.table.params;
+	for (words++; *words && !*wrong; words++) {
+		const char *at = call->table.params;
 		size_t len = strcspn(*words, "="), n;
 
 		for (i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
@@ -607,9 +614,97 @@ static int do_status(char **words)
 			die("the status has no field %s", *words);
 		n = strcspn(at, " /");
 		if (strlen(*words + len + 1) != n || strncmp(at, *words + len + 1, n))
-			die("expected %s in the status, %s", *words, call.table.params);
+			*wrong = *words;
 	}
 	return 0;
+}
+
+static int do_status(char **words)
+{
+	struct dm_call call;
+	const char *wrong;
+	int ret = look_at_status(words, &call, &wrong);
+
+	if (!ret && wrong)
+		die("expected %s in the status, %s", wrong, call.table.params);
+	return ret;
+}
+
+static int do_await(char **words)
+{
+	uint64_t end = now_ms() + DEADLINE * 1000;
+	struct dm_call call;
+	const char *wrong;
+	int ret;
+
+	while (!(ret = look_at_status(words, &call, &wrong)) && wrong) {
+		if (now_ms() > end)
+			die("expected %s in the status after %u s, %s", wrong, DEADLINE,
+			    call.table.params);
+		nap();
+	}
+	return ret;
+}
+
+/*
+ * Prefetches
+ */
+
+static struct {
+	pthread_t thread;
+	sem_t begun, ended;
+	const char *name;
+	int result;
+} prefetch;
+
+/* Returns: 1 while it is under way, then 0 or -errno. */
+static int prefetch_result(const char *name)
+{
+	struct dm_call call;
+	int ret = dm_status(name, &call);
+
+	if (ret)
+		return ret;
+	if (strstr(call.table.params, " running:"))
+		return 1;
+	if (strstr(call.table.params, " failed:"))
+		return -EIO;
+	return strstr(call.table.params, " full:") ? -ENOMEM : 0;
+}
+
+/* A thread of its own, since the faults of a round are not meant for who only looks. */
+static void *watch_prefetches(void *arg)
+{
+	while (!sem_wait(&prefetch.begun)) {
+		while ((prefetch.result = prefetch_result(prefetch.name)) == 1)
+			nap();
+		sem_post(&prefetch.ended);
+	}
+	return arg;
+}
+
+static int do_prefetch(char **words)
+{
+	uint64_t end = now_ms() + DEADLINE * 1000;
+	char text[100];
+	int ret;
+
+	if (!prefetch.name && (sem_init(&prefetch.begun, 0, 0) ||
+			       sem_init(&prefetch.ended, 0, 0) ||
+			       pthread_create(&prefetch.thread, NULL, watch_prefetches, NULL)))
+		die("cannot start a thread");
+	prefetch.name = words[0];
+	snprintf(text, sizeof(text), "prefetch %s %s", words[1], words[2]);
+	/* reads of one that has failed may still be under way */
+	while ((ret = dm_message(words[0], text)) == -EBUSY && now_ms() < end)
+		nap();
+	if (ret)
+		return ret;
+	sem_post(&prefetch.begun);
+	while (sem_wait(&prefetch.ended))
+		if (errno != EINTR)
+			die("sem_wait: %s", strerror(errno));
+	return prefetch.result;
 }
 
 static int command(char *text);
@@ -1373,6 +1468,10 @@ static int execute(char *text, int *want)
 		ret = do_message(words + first + 1);
 	else if (!strcmp(words[first], "status") && count > 2)
 		ret = do_status(words + first + 1);
+	else if (!strcmp(words[first], "await") && count > 2)
+		ret = do_await(words + first + 1);
+	else if (!strcmp(words[first], "prefetch") && count == 4)
+		ret = do_prefetch(words + first + 1);
 	else if (!strcmp(words[first], "suspend") && count == 2)
 		ret = dm_suspend(words[first + 1], 0);
 	else if (!strcmp(words[first], "resume") && count == 2)
