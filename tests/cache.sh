@@ -477,6 +477,41 @@ grown_base()
 		'is 1028k 0A000000'
 }
 
+#
+# The end
+#
+
+# KiB that nobody holds; those of a cache that is lost would still count as available.
+unused()
+{
+	local part sum=0
+
+	for part in MemFree Buffers Cached SReclaimable; do
+		sum=$((sum + $(meminfo $part)))
+	done
+	echo $sum
+}
+
+# Whoever fills, reads and drops 256 MiB each time, one way or another, has them again.
+all_is_freed()
+{
+	local before way
+
+	need_module dm-zero
+	[ "$(meminfo MemAvailable)" -ge 524288 ] || skip 'needs 512 MiB of memory'
+	make_dm test-zero '0 524288 zero'
+	undo io /dev/ram0 'absent test-third'
+	before=$(unused)
+	for way in 'status test-third cached=65536' 'message test-third drop_cache' \
+		'message test-third cache_limit 1'; do
+		io /dev/ram0 'create test-third 524288 nbdcow /dev/mapper/test-zero' \
+			'prefetch test-third 0 65536' 'status test-third cached=65536' \
+			'open test-third' 'check 0 64M 0' 'write 9s 1s A' 'open -' \
+			"$way" 'remove test-third'
+	done
+	between 'KiB that are missing' $((before - $(unused))) -262144 49152
+}
+
 run_tests \
 	whole_write 'a block is written while it is read into the cache' \
 	partial_write 'a part of it is written meanwhile' \
@@ -505,4 +540,5 @@ run_tests \
 	prefetches 'random I/O while prefetches start and end' \
 	rebases 'random I/O while the base is exchanged' \
 	busy 'a base that has no room for one more request' \
-	grown_base 'a base that grew between two overlays'
+	grown_base 'a base that grew between two overlays' \
+	all_is_freed 'all memory is free again'

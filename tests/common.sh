@@ -96,16 +96,28 @@ need_module()
 	modprobe "$@" || skip "needs the kernel module $1"
 }
 
-# A line of /proc/meminfo, in KiB; first all CPUs, if they are many, tell
-# what they have counted.
-meminfo()
+# counted FILE NAME: a number there; first all CPUs, if they are many, tell what
+# they have counted.
+counted()
 {
 	local refresh=/proc/sys/vm/stat_refresh name value
 
 	[ ! -e $refresh ] || echo 1 >$refresh
 	while read -r name value _; do
-		[ "$name" != "$1:" ] || echo "$value"
-	done </proc/meminfo
+		[ "$name" != "$2" ] || echo "$value"
+	done <"$1"
+}
+
+# A line of /proc/meminfo, in KiB
+meminfo()
+{
+	counted /proc/meminfo "$1:"
+}
+
+# Pages in the caches of all bases; hardly anybody else counts there.
+cache_pages()
+{
+	counted /proc/vmstat nr_kernel_misc_reclaimable
 }
 
 # The directory of a block device in /sys.
@@ -511,6 +523,7 @@ note_memory()
 	refcnt_before=$(refcnt)
 	leaves_before=$(leaves)
 	shmem_before=$(meminfo Shmem)
+	cache_before=$(cache_pages)
 }
 
 # The kernel frees some of it a little later.
@@ -519,6 +532,7 @@ memory_is_back()
 	[ "$(<$MODULE/parameters/total_used)" = "$total_used_before" ] &&
 		[ "$(refcnt)" = "$refcnt_before" ] &&
 		[ "$(leaves)" -le "$leaves_before" ] &&
+		[ "$(cache_pages)" -le "$cache_before" ] &&
 		[ "$(meminfo Shmem)" -le $((shmem_before + 1024)) ]
 }
 
@@ -528,7 +542,8 @@ check_memory()
 	echo "left behind: $(meminfo Shmem) KiB of shared memory (before: $shmem_before)," \
 		"$(<$MODULE/parameters/total_used) blocks (before: $total_used_before)," \
 		"$(refcnt) references to the module (before: $refcnt_before)," \
-		"$(leaves) leaves of maps (before: $leaves_before)"
+		"$(leaves) leaves of maps (before: $leaves_before)," \
+		"$(cache_pages) pages in caches (before: $cache_before)"
 	return 1
 }
 
@@ -629,7 +644,7 @@ end_script()
 # The fixture, its tests, and the end of it as one more test.
 run_with_fixture()
 {
-	local i rc=0 used refs leaves shmem
+	local i rc=0 used refs leaves shmem cache
 
 	# not local: at the end of the script that would be forgotten
 	in_fixture=1
@@ -637,6 +652,7 @@ run_with_fixture()
 	set -eE
 	note_memory
 	used=$total_used_before refs=$refcnt_before leaves=$leaves_before shmem=$shmem_before
+	cache=$cache_before
 	# what ends the script in there leaves the output as it is
 	exec {tap}>&1
 	fixture >"$work/log" 2>&1
@@ -651,6 +667,7 @@ run_with_fixture()
 	(run_undo) >"$work/log" 2>&1 || rc=1
 	undo_list=()
 	total_used_before=$used refcnt_before=$refs leaves_before=$leaves shmem_before=$shmem
+	cache_before=$cache
 	{ check_log && check_memory; } >"$work/after" || rc=1
 	result $rc 'all that the tests had is given back'
 }
