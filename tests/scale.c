@@ -5,10 +5,9 @@
  *
  * usage: scale DEVICES ROUNDS BASE
  *
- * Prints the least and the greatest minor number of the devices of the first
- * round, then waits for a line on its input before it goes on with the other
- * rounds; at the end it prints the same for the last one. What goes wrong is
- * told in a line that begins with '#', and the exit status is 1.
+ * Prints the least and the greatest minor number of the devices of each round,
+ * and waits for a line on its input before the next one. What goes wrong is told
+ * in a line that begins with '#', and the exit status is 1.
  */
 #define _GNU_SOURCE
 #include <linux/fs.h>
@@ -129,7 +128,7 @@ static void check_status(unsigned int i, unsigned int used, unsigned int zeroed)
 		die("status of device %u: %s", i, call.table.params);
 }
 
-static void play_round(bool tell)
+static void play_round(void)
 {
 	unsigned int i, number, least = UINT32_MAX, most = 0;
 
@@ -158,15 +157,14 @@ static void play_round(bool tell)
 	}
 	for (i = 0; i < devices; i++)
 		check(dm_remove(name_of(i)), "removal", i);
-	if (tell) {
-		printf("%u %u\n", least, most);
-		fflush(stdout);
-	}
+	printf("%u %u\n", least, most);
+	fflush(stdout);
 }
 
 int main(int argc, char **argv)
 {
 	uint64_t bytes;
+	char line[16];
 	int fd;
 
 	if (argc != 4) {
@@ -184,9 +182,9 @@ int main(int argc, char **argv)
 	base_sectors = bytes / SECTOR;
 
 	for (round_number = 0; round_number < rounds; round_number++) {
-		play_round(round_number == 0 || round_number == rounds - 1);
-		if (round_number == 0)
-			getchar();
+		play_round();
+		if (round_number < rounds - 1 && !fgets(line, sizeof(line), stdin))
+			die("nobody wants to go on");
 	}
 	return 0;
 }
