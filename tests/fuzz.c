@@ -495,6 +495,7 @@ static void *work(void *arg)
 
 #define CACHED (windows[BUFFERED].sectors)
 #define SINCE 6			/* writes of a sector between two fsyncs */
+#define TRIES 200		/* to read what is right, once something was lost */
 
 static struct cached {
 	uint32_t tag;		/* what the page cache should say */
@@ -590,14 +591,16 @@ static void cached_read(uint64_t s, uint64_t count, char *buf)
 			return;
 		/*
 		 * A page that could not be written back may have been read again, or have
-		 * been held when it was to be dropped.
+		 * been held when it was to be dropped, by reclaim on a CPU that got no time.
 		 */
-		if (tries == 2 || (cached_sync() && !cfg.limits)) {
+		if (tries == TRIES || (cached_sync() && !cfg.limits)) {
 			wrong("buffered: sector %" PRIu64 " should have tag %u but has %u",
 			      w->first + s + i, cached[s + i].tag,
 			      stamp_tag(buf + i * SECTOR, w->first + s + i));
 			return;
 		}
+		if (tries > 1)
+			usleep(10000);
 		if (ioctl(cached_fd, BLKFLSBUF))
 			die("BLKFLSBUF: %s", strerror(errno));
 	}
