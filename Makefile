@@ -38,7 +38,7 @@ help:
 	@echo '  make fuzz            the fuzzer for an hour, on the newest kernel and two CPUs;'
 	@echo '                       FUZZ_SECONDS=3600, FUZZ_SEED=N'
 	@echo '  make bench           what requests cost, here and on peers: tables, JSON and plots'
-	@echo '                       in build/bench/, in about an hour'
+	@echo '                       in build/bench/, in one or two hours'
 	@echo '  make bench-quick     the same of some, compared with the last ones kept'
 	@echo '  make bench-cache     figures of the cache and of many overlays, each beside its goal'
 	@echo '  RUNNING_KERNEL=1     with demo or check, as root: here and now, no virtual machine'
