@@ -82,7 +82,7 @@ behind_nbd()
 
 	need fio jq nbdkit nbd-client
 	start_nbdkit "$work/socket" memory 64M
-	make_nbd "$work/socket"
+	begin make_nbd "$work/socket"
 	undo rm -f "$work"/{base,miss}
 	cowctl create test-cow base="$REPLY" holes=false
 	cowctl create test-cow2 base="$REPLY" cow-on-read=true holes=false
