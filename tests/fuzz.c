@@ -503,6 +503,7 @@ static struct cached {
 	unsigned int n;
 	uint32_t since[SINCE];	/* written later */
 } cached[KIB(512)];
+static uint64_t stale_pages;	/* reads of what was lost, that had to be repeated */
 
 static void cached_set(uint32_t (*tag)(uint64_t sector))
 {
@@ -573,32 +574,58 @@ static bool cached_sync(void)
 	return true;
 }
 
-static void cached_read(uint64_t s, uint64_t count, char *buf)
+/* The first of these sectors that is not as it should be, or @count. */
+static uint64_t cached_compare(const char *buf, uint64_t s, uint64_t count)
 {
-	const struct window *w = &windows[BUFFERED];
-	ssize_t len = count * SECTOR;
-	unsigned int tries;
 	uint64_t i;
 
+	for (i = 0; i < count; i++)
+		if (stamp_tag(buf + i * SECTOR, windows[BUFFERED].first + s + i) !=
+		    cached[s + i].tag)
+			break;
+	return i;
+}
+
+static void cached_wrong(const char *where, const char *buf, uint64_t s, uint64_t i)
+{
+	uint64_t sector = windows[BUFFERED].first + s + i;
+
+	wrong("%s: sector %" PRIu64 " should have tag %u but has %u", where, sector,
+	      cached[s + i].tag, stamp_tag(buf + i * SECTOR, sector));
+}
+
+static void cached_read(uint64_t s, uint64_t count, char *buf)
+{
+	uint64_t first = windows[BUFFERED].first + s, i;
+	ssize_t len = count * SECTOR;
+	unsigned int tries;
+	bool lost;
+
 	for (tries = 0;; tries++) {
-		if (pread(cached_fd, buf, len, (w->first + s) * SECTOR) != len)
-			die("buffered read at sector %" PRIu64 ": %s", w->first + s,
-			    strerror(errno));
-		for (i = 0; i < count; i++)
-			if (stamp_tag(buf + i * SECTOR, w->first + s + i) != cached[s + i].tag)
-				break;
+		if (pread(cached_fd, buf, len, first * SECTOR) != len)
+			die("buffered read at sector %" PRIu64 ": %s", first, strerror(errno));
+		i = cached_compare(buf, s, count);
 		if (i == count)
 			return;
 		/*
 		 * A page that could not be written back may have been read again, or have
 		 * been held when it was to be dropped, by reclaim on a CPU that got no time.
+		 * The device has to be right all the same.
 		 */
-		if (tries == TRIES || (cached_sync() && !cfg.limits)) {
-			wrong("buffered: sector %" PRIu64 " should have tag %u but has %u",
-			      w->first + s + i, cached[s + i].tag,
-			      stamp_tag(buf + i * SECTOR, w->first + s + i));
+		lost = !cached_sync() || cfg.limits;
+		if (tries == TRIES || !lost ||
+		    stamp_tag(buf + i * SECTOR, first + i) == STAMP_UNKNOWN) {
+			cached_wrong("buffered", buf, s, i);
 			return;
 		}
+		if (pread(fd, buf, len, first * SECTOR) != len)
+			die("cannot read what the page cache has otherwise");
+		i = cached_compare(buf, s, count);
+		if (i < count) {
+			cached_wrong("unlike the page cache", buf, s, i);
+			return;
+		}
+		stale_pages += !tries;
 		if (tries > 1)
 			usleep(10000);
 		if (ioctl(cached_fd, BLKFLSBUF))
@@ -1344,7 +1371,7 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	printf("# %ld s: %u rounds, %" PRIu64 " operations (%" PRIu64 " with RWF_NOWAIT, %" PRIu64
-	       " of them ended with EAGAIN), nothing wrong\n", time(NULL) - start, cfg.number,
-	       total_ops, nowait_ops, nowait_again);
+	       " of them ended with EAGAIN; %" PRIu64 " buffered reads repeated), nothing wrong\n",
+	       time(NULL) - start, cfg.number, total_ops, nowait_ops, nowait_again, stale_pages);
 	return 0;
 }
