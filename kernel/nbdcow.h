@@ -23,6 +23,8 @@
 #define NBDCOW_BLOCK_BYTES	4096U
 #define NBDCOW_BLOCK_SECTORS	(NBDCOW_BLOCK_BYTES >> SECTOR_SHIFT)
 #define NBDCOW_NO_LIMIT		ULONG_MAX
+/* 2 MiB, the largest page that a file is asked to have. */
+#define NBDCOW_HUGE_BLOCKS	512U
 /* 8 PiB: the map's table has 1 GiB then, and file offsets fit everywhere. */
 #define NBDCOW_MAX_BLOCKS	min_t(u64, 1ULL << 41, \
 				      (u64)MAX_LFS_FILESIZE >> NBDCOW_BLOCK_SHIFT)

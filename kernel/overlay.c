@@ -33,7 +33,7 @@ static struct rw_semaphore *shard_lock(struct nbdcow_overlay *ov, u64 block)
 /* By 2 MiB, since on some tmpfs mounts that is what one page holds. */
 static struct mutex *installer_lock(struct nbdcow_overlay *ov, u64 block)
 {
-	return &ov->installers[(block >> 9) % NBDCOW_INSTALLERS];
+	return &ov->installers[block / NBDCOW_HUGE_BLOCKS % NBDCOW_INSTALLERS];
 }
 
 /* The layer, for holders of any shard lock or of the mutex. */
@@ -733,6 +733,34 @@ int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
 	return ret;
 }
 
+static bool stores_none(const struct nbdcow_map *map, u64 block, u64 end)
+{
+	u64 run;
+
+	for (; block < end; block += run)
+		if (nbdcow_map_run(map, block, end - block, &run) == NBDCOW_OVERLAY)
+			return false;
+	return true;
+}
+
+/*
+ * Free the pages of blocks that are not stored any more. Pages may be larger than
+ * a block, and punching a part of one leaves the rest, so the last block of such a
+ * range takes all of it along.
+ */
+static void punch(struct nbdcow_layer *layer, u64 block, unsigned long count)
+{
+	const struct nbdcow_map *map = layer->map;
+	u64 first = round_down(block, NBDCOW_HUGE_BLOCKS), end = block + count;
+	u64 last = round_up(end, NBDCOW_HUGE_BLOCKS);
+
+	if (stores_none(map, first, block))
+		block = first;
+	if (stores_none(map, end, min(last, map->nr_blocks)))
+		end = last;
+	nbdcow_store_punch(layer->file, block, end - block);
+}
+
 /* Zero blocks of one leaf. */
 static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count)
 {
@@ -764,7 +792,7 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 
 	/* The state first: nobody may look for a page that is going. */
 	if (stored) {
-		nbdcow_store_punch(layer->file, block, count);
+		punch(layer, block, count);
 		unreserve(layer, stored);
 		WRITE_ONCE(ov->store_full, false);
 	}

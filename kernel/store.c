@@ -317,7 +317,8 @@ struct page *nbdcow_store_new(struct file *file, u64 block,
 	/* Something there, in memory or on swap, could mean waiting. */
 	if (likely(!xa_load(&file->f_mapping->i_pages, index))) {
 		noio = memalloc_noio_save();
-		page = nbdcow_write_begin(file, index, SZ_2M);
+		page = nbdcow_write_begin(file, index,
+					  NBDCOW_HUGE_BLOCKS * NBDCOW_BLOCK_BYTES);
 		memalloc_noio_restore(noio);
 		if (page != ERR_PTR(-ENOMEM) || context == NBDCOW_NOWAIT)
 			return page;

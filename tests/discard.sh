@@ -64,6 +64,32 @@ single_blocks()
 	status_is test-cow used=0 zeroed=16
 }
 
+# A tmpfs may have pages of 2 MiB. What a block brought along goes with the last of them.
+huge_pages()
+{
+	local -a writes=() discards=()
+	local i
+
+	mkdir "$work/tmpfs"
+	undo rmdir "$work/tmpfs"
+	mount -t tmpfs -o size=64m,huge=always none "$work/tmpfs" ||
+		skip 'this kernel has no huge pages in tmpfs'
+	undo umount "$work/tmpfs"
+	make_cow test-cow $((66 * 2048)) "$base" 2 tmpfs "$work/tmpfs"
+	for ((i = 1; i < 66; i += 4)); do
+		writes+=("write ${i}M 4k A" "write $((i * 1024 + 64))k 8k B")
+		discards+=("discard $((i * 1024 + 68))k 4k" "discard ${i}M 4k"
+			"discard $((i * 1024 + 64))k 4k")
+	done
+	io /dev/mapper/test-cow "${writes[@]}"
+	status_is test-cow used=51
+	between 'KiB of the tmpfs, stored' "$(df --output=used "$work/tmpfs" | tail -n 1)" \
+		$((17 * 2048)) $((17 * 2048 + 64))
+	io /dev/mapper/test-cow "${discards[@]}" 'check 41M end 0'
+	status_is test-cow used=0 zeroed=51
+	is 'KiB of the tmpfs, freed' "$(($(df --output=used "$work/tmpfs" | tail -n 1)))" 0
+}
+
 # Half blocks at the ends: a discard leaves them alone, zeroing zeroes them.
 edges()
 {
@@ -164,6 +190,7 @@ run_tests \
 	zeroout_frees 'zeroing frees memory' \
 	falloc_frees 'punching holes and zeroing ranges frees memory' \
 	single_blocks 'blocks discarded one by one' \
+	huge_pages 'blocks discarded from huge pages' \
 	edges 'partial blocks at the ends' \
 	works_when_full 'a full overlay can be discarded' \
 	huge 'a device of 16 TiB discarded as a whole' \
