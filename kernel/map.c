@@ -80,7 +80,8 @@ struct nbdcow_map *nbdcow_map_create(u64 nr_blocks, gfp_t gfp)
 
 	if (slots >= (INT_MAX - sizeof(*map)) / sizeof(map->leaves[0]))
 		return NULL;
-	map = kvzalloc(struct_size(map, leaves, slots), gfp | __GFP_NOWARN);
+	map = kvzalloc(struct_size(map, leaves, slots),
+		       gfp | __GFP_RETRY_MAYFAIL | __GFP_NOWARN);
 	if (!map)
 		return NULL;
 	map->nr_blocks = nr_blocks;

@@ -784,7 +784,8 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 					 nbdcow_gfp(NBDCOW_WORK) | __GFP_ACCOUNT);
 		set_active_memcg(old_memcg);
 		if (ret)
-			ret = nbdcow_map_prepare(layer->map, block, GFP_NOIO);
+			ret = nbdcow_map_prepare(layer->map, block,
+						 nbdcow_gfp(NBDCOW_WORK));
 		if (ret)
 			return ret;
 		stored = nbdcow_map_change(layer->map, block, count, NBDCOW_ZERO);
@@ -813,6 +814,7 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
  */
 int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 {
+	unsigned long end = patience_ends(ov);
 	int ret = 0;
 
 	while (count && !ret) {
@@ -825,9 +827,11 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 			save_range(ov, block, n);
 			up_read(lock);
 		}
-		down_write(lock);
-		ret = __zero_leaf(ov, block, n);
-		up_write(lock);
+		do {
+			down_write(lock);
+			ret = __zero_leaf(ov, block, n);
+			up_write(lock);
+		} while (wait_for_memory(ret, end));
 		cond_resched();
 		block += n;
 		count -= n;

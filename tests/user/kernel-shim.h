@@ -31,6 +31,7 @@ typedef unsigned int gfp_t;
 #define GFP_KERNEL_ACCOUNT	0U
 #define GFP_NOIO		0U
 #define __GFP_NOWARN		0U
+#define __GFP_RETRY_MAYFAIL	0U
 
 #define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))
 #define container_of(ptr, type, member) \
