@@ -720,6 +720,13 @@ static int map_zero(struct nbdcow_target *t, struct bio *bio)
  * Outside of map()
  */
 
+/* A read comes back from the base: what the queue there noted in it is not ours. */
+static void take_back(struct nbdcow_io *io, struct bio *bio)
+{
+	bio->bi_flags = io->flags;
+	bio_set_dev(bio, io->t->self);
+}
+
 static void send_again(struct nbdcow_io *io, struct bio *bio,
 		       unsigned int bytes)
 {
@@ -794,7 +801,7 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 			io->got -= min(bytes, io->got);
 	}
 	bio->bi_status = BLK_STS_OK;
-	bio_set_dev(bio, t->self);	/* what the base said is known */
+	take_back(io, bio);	/* what the base said is known */
 	nbdcow_bio_complete(bio, ret);
 }
 
@@ -975,7 +982,8 @@ static void end_queued(struct nbdcow_target *t)
 
 	take_queued(t, &bios, true);
 	while ((bio = bio_list_pop(&bios))) {
-		bio_set_dev(bio, t->self);	/* its error was counted */
+		if (bio->bi_bdev != t->self)	/* its error was counted */
+			take_back(dm_per_bio_data(bio, sizeof(struct nbdcow_io)), bio);
 		bio->bi_status = failed_status(t, BLK_STS_IOERR);
 		bio_endio(bio);
 	}
@@ -1311,8 +1319,7 @@ static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
 	limits->physical_block_size = max(limits->physical_block_size,
 					  NBDCOW_BLOCK_BYTES);
 	limits->io_min = max(limits->io_min, NBDCOW_BLOCK_BYTES);
-	limits->discard_granularity = max(limits->logical_block_size,
-					  NBDCOW_BLOCK_BYTES);
+	limits->discard_granularity = NBDCOW_BLOCK_BYTES;
 	limits->max_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
 	limits->max_hw_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
 	nbdcow_limits_disinherit(limits);
