@@ -10,10 +10,13 @@
 #include <linux/mount.h>
 #include <linux/namei.h>
 #include <linux/sched/mm.h>
-#include <linux/sizes.h>
 
 #include "compat.h"
 #include "nbdcow.h"
+
+#ifndef CONFIG_TMPFS
+#error "tmpfs is where blocks are stored"
+#endif
 
 /* Holes cost nothing, so the file is as large as any device may become. */
 #define NBDCOW_STORE_BYTES	round_down(MAX_LFS_FILESIZE, (loff_t)PAGE_SIZE)
