@@ -215,8 +215,6 @@ void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status)
 		WRITE_ONCE(t->base_failed, true);
 	} else if (unlikely(READ_ONCE(t->base_failed))) {
 		WRITE_ONCE(t->base_failed, false);
-		if (READ_ONCE(t->nr_queued))
-			mod_delayed_work(nbdcow_long_wq, &t->retry_work, 0);
 	}
 }
 
@@ -875,8 +873,8 @@ int nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
 }
 
 /*
- * Failed reads of the base that wait for its return. One at a time tries again,
- * and all when one came through. A suspend that does not flush gives them back
+ * Failed reads of the base that wait for its return. One a second tries again,
+ * or all when the last read of the base came through. A suspend that does not flush gives them back
  * to the core, which sends them to the next table; any other lets them fail.
  */
 
@@ -1015,6 +1013,13 @@ static void close_queue(struct nbdcow_target *t, bool closed)
 static int nbdcow_map(struct dm_target *ti, struct bio *bio)
 {
 	struct nbdcow_target *t = ti->private;
+
+	/*
+	 * The core's worker sends what was requeued. It may wait, and EAGAIN would
+	 * come too late for whoever could try again.
+	 */
+	if (bio->bi_opf & REQ_NOWAIT && current->flags & PF_WQ_WORKER)
+		bio->bi_opf &= ~REQ_NOWAIT;
 
 	switch (bio_op(bio)) {
 	case REQ_OP_READ:

@@ -129,6 +129,56 @@ queued_is()
 	[ "$(field test-cow queued)" = "$1" ]
 }
 
+# What waits tries again once a second, however well other reads of the base go.
+paced_retries()
+{
+	local pid end errors
+
+	make_brd 4096
+	make_dm test-under $'0 24 linear /dev/ram0 0\n24 8 error\n32 8160 linear /dev/ram0 32'
+	make_cow test-cow 8192 "$REPLY" 1 queue_errors
+	undo dmsetup message test-cow 0 queue_errors off
+	io $COW 'fails EIO check 12k 4k ?' &
+	pid=$!
+	wait_until 10 queued_is 1
+	errors=$(field test-cow errors)
+	end=$((SECONDS + 5))
+	while [ $SECONDS -lt $end ]; do
+		dd if=$COW of=/dev/null bs=4k skip=16 count=200 iflag=direct status=none
+	done
+	between 'retries' $(($(field test-cow errors) - errors)) 1 30
+	dmsetup message test-cow 0 queue_errors off
+	wait $pid
+}
+
+# io_uring asks not to wait, first. What was queued, and is sent to another base in the
+# end, must wait all the same: it is too late to ask again.
+requeued_nowait()
+{
+	local first other pid
+
+	need nbdkit nbd-client fio
+	make_loop_base 4194304
+	start_nbdkit "$work/socket" -r --filter=error file "$work/base4194304" \
+		error-pread=EIO error-pread-rate=100%
+	make_nbd "$work/socket"
+	first=$REPLY
+	start_nbdkit "$work/other" -r --filter=delay file "$work/base4194304" rdelay=100ms
+	make_nbd "$work/other"
+	other=$REPLY
+	make_cow test-cow 8192 "$first" 1 queue_errors
+	undo dmsetup message test-cow 0 queue_errors off
+	# every second block, so that they stay requests of their own
+	fio --name=requeued --filename=$COW --rw=read:4k --bs=4k --size=3200k --direct=1 \
+		--ioengine=io_uring --iodepth=400 --iodepth_batch_submit=400 \
+		--iodepth_batch_complete_min=400 --output="$work/fio" &
+	pid=$!
+	wait_until 20 queued_is 400
+	dmsetup load test-cow --table "0 8192 nbdcow $other 1 queue_errors"
+	dmsetup resume --noflush --nolockfs test-cow
+	wait $pid
+}
+
 # Reads across stored blocks that were one request for the driver of the base, and fail as
 # one, are asked for again each by itself.
 merged_reads()
@@ -414,6 +464,8 @@ run_tests \
 	one_bad_block 'a base with one bad block' \
 	covered_bad_block 'bad blocks of the base below blocks that are stored' \
 	queued_reads 'reads across stored blocks that wait for the base' \
+	paced_retries 'retries beside reads that go well' \
+	requeued_nowait 'reads that may not wait, when another base comes' \
 	merged_reads 'reads that were merged on their way to the base' \
 	killed_server 'an NBD server that is killed and started anew' \
 	killed_server_replaced 'an NBD server that is killed and replaced' \
