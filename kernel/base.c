@@ -318,7 +318,7 @@ static void fetch_read(struct nbdcow_fetch *fetch, blk_opf_t flags)
 	fetch->bio.bi_iter.bi_sector = fetch->first * NBDCOW_BLOCK_SECTORS;
 	fetch->bio.bi_end_io = fetch_endio;
 	if (fetch->prefetch)
-		fetch->bio.bi_ioprio = IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0);
+		fetch->bio.bi_ioprio = IOPRIO_PRIO_VALUE(IOPRIO_CLASS_BE, 7);
 	for (i = 0; i < fetch->nr; i++) {
 		struct page *page = fetch->bvecs[i].bv_page;
 		void *to = nbdcow_cache_address(page, fetch->first + i);
@@ -571,7 +571,10 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 		bio_list_add(&fetch->bios, bio);
 	xa_unlock(&base->blocks);
 	if (!taken) {
-		fetch_end(fetch, BLK_STS_AGAIN);
+		/* Who joined meanwhile reads for himself, which we may not wait for. */
+		bio_init(&fetch->bio, NULL, NULL, 0, REQ_OP_READ);
+		fetch->bio.bi_status = BLK_STS_IOERR;
+		queue_work(nbdcow_wq, &fetch->work);
 		return -EAGAIN;
 	}
 	this_cpu_add(t->overlay->stats->misses, bio_sectors(bio));
