@@ -862,6 +862,30 @@ commit_to_file()
 	all_gone
 }
 
+# A loop device that shows a part of a file: the file itself is another disk.
+part_of_a_file()
+{
+	local loop
+
+	begin_here
+	truncate -s 5M disk.img
+	head -c 1M /dev/urandom | dd of=disk.img conv=notrunc status=none
+	make_loop "$PWD/disk.img" -o 1M --sizelimit 2M
+	loop=$REPLY
+	io "$loop" 'write 0 end .'
+	cowctl create test-cow base="$loop"
+	is 'the base' "$(member base test-cow)" "$loop"
+	change_at_random $COW 2M "$RANDOM"
+	cowctl diff test-cow a.qcow2
+	same_as a.qcow2 $COW
+	cowctl diff test-cow whole.qcow2 backing="$PWD/disk.img"
+	cowctl create test-c2 base="$loop"
+	says 1 "disk.img, not as large as $loop" cowctl load test-c2 whole.qcow2
+	cowctl load test-c2 a.qcow2 2>warning
+	is 'what it warned of' "$(<warning)" ''
+	cmp $COW $COW2
+}
+
 not_attached()
 {
 	! losetup -a | grep copy.img
@@ -892,4 +916,5 @@ run_tests \
 	partitions_come_back 'partitions, when it is interrupted' \
 	commit_to_device 'commit to a device' \
 	commit_alone 'the base while it is written by commit' \
-	commit_to_file 'commit to a file'
+	commit_to_file 'commit to a file' \
+	part_of_a_file 'a base that is a part of a file'

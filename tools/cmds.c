@@ -496,7 +496,10 @@ char *device_path(unsigned int maj, unsigned int min)
 	return path;
 }
 
-/* The image file or address behind the base's device, or else the device. */
+/*
+ * The image file or address that the base's device is for, or else the device: a loop
+ * device that begins or ends elsewhere than its file has another content than that.
+ */
 char *base_source(const struct cow *cow)
 {
 	char *file = xasprintf("/sys/dev/block/%u:%u/loop/backing_file", cow->table.major,
@@ -505,7 +508,8 @@ char *base_source(const struct cow *cow)
 	struct nbd_link link;
 	char *source;
 
-	if (!read_line(file, text, sizeof(text)) && printable(text))
+	if (!read_line(file, text, sizeof(text)) && printable(text) &&
+	    !loop_is_part(makedev(cow->table.major, cow->table.minor)))
 		source = xasprintf("%s", text);
 	else if (!nbd_find(cow->mangled, &link) && link.connected && !strcmp(link.dev, dev) &&
 		 printable(link.uri))

@@ -267,6 +267,7 @@ void dm_cancel_remove(const char *mangled);
 int loop_attach(const char *path, char dev[PATH_MAX]);
 struct stat;
 bool loop_file(dev_t dev, struct stat *file);
+bool loop_is_part(dev_t dev);
 
 /* nbd.c */
 

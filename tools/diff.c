@@ -115,24 +115,6 @@ static void forget_output(struct output *output)
  * The backing file
  */
 
-/* Whether the base is a part of the file that is attached to a loop device. */
-static bool part_of_file(const struct cow *cow)
-{
-	static const char *const names[] = { "offset", "sizelimit" };
-	bool part = false;
-
-	for (int i = 0; i < 2; i++) {
-		char *file = xasprintf("/sys/dev/block/%u:%u/loop/%s", cow->table.major,
-				       cow->table.minor, names[i]);
-		char text[24];
-
-		if (!read_line(file, text, sizeof(text)) && strtoull(text, NULL, 10))
-			part = true;
-		free(file);
-	}
-	return part;
-}
-
 /*
  * What the image is recorded to stand on: what is given, or the base. A file whose
  * name qemu would take for more than that gets a directory before it.
@@ -145,10 +127,7 @@ static int choose_backing(struct diff *diff)
 
 	diff->format = diff->args->value[KEY_FORMAT] ?: "raw";
 	if (!given) {
-		if (part_of_file(cow))
-			diff->backing = device_path(cow->table.major, cow->table.minor);
-		else
-			diff->backing = base_source(cow);
+		diff->backing = base_source(cow);
 		if (!strstr(diff->backing, "://") && access(diff->backing, F_OK))
 			return fail(-ENOENT, "%s, the base of %s, is not there; say backing=",
 				    diff->backing, diff->args->name);

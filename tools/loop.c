@@ -74,6 +74,24 @@ bool loop_file(dev_t dev, struct stat *file)
 	return found;
 }
 
+/* Return: whether @dev is a loop device that shows only a part of its file. */
+bool loop_is_part(dev_t dev)
+{
+	static const char *const names[] = { "offset", "sizelimit" };
+	bool part = false;
+
+	for (int i = 0; i < 2; i++) {
+		char *file = xasprintf("/sys/dev/block/%u:%u/loop/%s", major(dev), minor(dev),
+				       names[i]);
+		char text[24];
+
+		if (!read_line(file, text, sizeof(text)) && strtoull(text, NULL, 10))
+			part = true;
+		free(file);
+	}
+	return part;
+}
+
 /*
  * Return: a descriptor that keeps the loop device for @path, named in @dev, or
  * -errno. Once a mapped device uses it, the descriptor may be closed.
