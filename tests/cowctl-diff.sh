@@ -865,7 +865,7 @@ commit_to_file()
 # A loop device that shows a part of a file: the file itself is another disk.
 part_of_a_file()
 {
-	local loop
+	local loop sum
 
 	begin_here
 	truncate -s 5M disk.img
@@ -884,6 +884,17 @@ part_of_a_file()
 	cowctl load test-c2 a.qcow2 2>warning
 	is 'what it warned of' "$(<warning)" ''
 	cmp $COW $COW2
+
+	cowctl remove test-c2
+	sum=$(sha256sum <disk.img)
+	says 4 "only a part of disk.img is the base of test-cow; say to=$loop" \
+		cowctl commit test-cow to=disk.img force=true
+	is 'the checksum of the file' "$(sha256sum <disk.img)" "$sum"
+	head -c 1M disk.img >first
+	cowctl commit test-cow to="$loop" force=true
+	cmp -n 1M disk.img first
+	cmp -n 2M -i 1M:0 disk.img $COW
+	cmp -n 2M -i 3M:0 disk.img /dev/zero
 }
 
 not_attached()

@@ -129,11 +129,31 @@ static int open_device(struct commit *commit, const struct cow *cow)
 	return 0;
 }
 
+/* Whether the target, a file, may be written if the base is a loop device of it. */
+static int check_base_file(struct commit *commit, dev_t base)
+{
+	struct stat file;
+	char *dev;
+	int err;
+
+	if (!loop_file(base, &file) || file.st_dev != commit->st.st_dev ||
+	    file.st_ino != commit->st.st_ino)
+		return 0;
+	if (!loop_is_part(base))
+		return check_base_target(commit, base);
+	/* What is at some place of the base would come to another one of the file. */
+	dev = device_path(major(base), minor(base));
+	err = fail(-EBUSY, "only a part of %s is the base of %s; say to=%s", commit->path,
+		   commit->args->name, dev);
+	free(dev);
+	return err;
+}
+
 static int open_file(struct commit *commit, const struct cow *cow)
 {
 	struct flock whole = { .l_type = F_WRLCK };
 	dev_t base = makedev(cow->table.major, cow->table.minor), other;
-	struct stat file;
+	int err;
 
 	/* Who wants it as a base sees from now on that it is open. */
 	commit->fd = open(commit->path, O_RDWR | O_CLOEXEC);
@@ -143,9 +163,9 @@ static int open_file(struct commit *commit, const struct cow *cow)
 	if (other)
 		return fail_in_use(commit, "is attached to",
 				   device_path(major(other), minor(other)));
-	if (loop_file(base, &file) && file.st_dev == commit->st.st_dev &&
-	    file.st_ino == commit->st.st_ino && check_base_target(commit, base))
-		return -EBUSY;
+	err = check_base_file(commit, base);
+	if (err)
+		return err;
 	/* A virtual machine that has it locks some of it; file systems need not know locks. */
 	if (fcntl(commit->fd, F_OFD_SETLK, &whole) && (errno == EAGAIN || errno == EACCES))
 		return fail(-EBUSY, "%s is in use by another program", commit->path);
