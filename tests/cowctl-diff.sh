@@ -782,6 +782,17 @@ commit_to_device()
 	umount mnt
 	make_dm test-other '0 4096 linear /dev/ram2 0'
 	says 4 'is in use' cowctl commit test-cow to=/dev/ram2
+	# the kernel tells nobody what a loop device stands on
+	make_loop /dev/ram1 --read-only
+	cowctl create test-c2 base="$REPLY"
+	cowctl create test-c3 base="$REPLY"
+	says 4 "is attached to $REPLY" cowctl commit test-c2 to=/dev/ram1 force=true
+	cowctl remove test-c3
+	cowctl remove test-c2
+	losetup -d "$REPLY"
+	unset 'undo_list[-1]'
+	make_loop "$BASE"
+	says 4 'is made of the base' cowctl commit test-cow to="$REPLY" force=true
 	says 2 'to= is missing' cowctl commit test-cow
 	says 1 'cannot find' cowctl commit test-cow to=/dev/none
 	says 1 'is no block device or file' cowctl commit test-cow to=/dev/null

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -177,8 +178,12 @@ int cmd_set(const struct args *args)
 /* Return: whether block device @upper is, or is made of, the one at @lower. */
 bool stands_on(const char *name, dev_t upper, void *lower)
 {
+	struct stat file;
+
 	(void)name;
-	return upper == *(dev_t *)lower || any_link(upper, "slaves", stands_on, lower);
+	return upper == *(dev_t *)lower || any_link(upper, "slaves", stands_on, lower) ||
+	       /* the kernel has no such link for it */
+	       (loop_file(upper, &file) && file.st_rdev && stands_on(NULL, file.st_rdev, lower));
 }
 
 /* Return: 0, -EILSEQ when the blocks differ, -EIO or -EREMOTEIO for old or new. */

@@ -76,7 +76,7 @@ int lock_device(dev_t dev, enum lock how)
 }
 
 /* Return: whether block device @inner is @outer or one of its partitions. */
-static bool is_part_of(dev_t inner, dev_t outer)
+bool is_part_of(dev_t inner, dev_t outer)
 {
 	char *paths[2], *links[2];
 	bool part;

@@ -40,7 +40,18 @@ struct commit {
 	bool show;
 };
 
-/* Return: the number of a loop device that is attached to the file, other than @but, or 0. */
+/* A part of a block device is as good as all of it. */
+static bool same_file(const struct stat *a, const struct stat *b)
+{
+	if (a->st_rdev && b->st_rdev)
+		return is_part_of(a->st_rdev, b->st_rdev) || is_part_of(b->st_rdev, a->st_rdev);
+	return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/*
+ * Return: the number of a loop device that is attached to the file or block device, other
+ * than @but, or 0.
+ */
 static dev_t find_loop(const struct stat *file, dev_t but)
 {
 	DIR *dir = opendir("/sys/block");
@@ -53,7 +64,7 @@ static dev_t find_loop(const struct stat *file, dev_t but)
 
 		if (!strncmp(entry->d_name, "loop", 4) && !stat(path, &loop) &&
 		    loop.st_rdev != but && loop_file(loop.st_rdev, &its) &&
-		    its.st_dev == file->st_dev && its.st_ino == file->st_ino)
+		    same_file(&its, file))
 			found = loop.st_rdev;
 		free(path);
 	}
@@ -89,36 +100,45 @@ static int check_base_target(struct commit *commit, dev_t base)
 		    commit->path, commit->args->name);
 }
 
-static int open_device(struct commit *commit, const struct cow *cow)
+/* Whether a device may be written, as far as is known without opening it. */
+static int check_device(struct commit *commit, const struct cow *cow)
 {
 	dev_t dev = commit->st.st_rdev, base = makedev(cow->table.major, cow->table.minor);
-	dev_t live = makedev(cow->major, cow->minor), other = 0;
+	dev_t live = makedev(cow->major, cow->minor), other;
 	struct stat file;
 	char *where;
-	int err = 0;
 
-	commit->lock = lock_device(dev, LOCK_TRY);
+	other = find_loop(&commit->st, 0);
+	if (other)
+		return fail_in_use(commit, "is attached to",
+				   device_path(major(other), minor(other)));
+	other = loop_file(dev, &file) ? find_loop(&file, dev) : 0;
+	if (other)
+		return fail_in_use(commit, "is the same file as",
+				   device_path(major(other), minor(other)));
+	if (dev == base)
+		return check_base_target(commit, base);
+	if (stands_on(NULL, dev, &live))
+		return fail(-EBUSY, "%s is %s itself, or made of it", commit->path,
+			    commit->args->name);
+	if (stands_on(NULL, dev, &base) || stands_on(NULL, base, &dev))
+		return fail(-EBUSY, "%s is made of the base of %s, or that of it", commit->path,
+			    commit->args->name);
+	where = mounted_on(dev);
+	return where ? fail_in_use(commit, "is mounted on", where) : 0;
+}
+
+static int open_device(struct commit *commit, const struct cow *cow)
+{
+	int err;
+
+	commit->lock = lock_device(commit->st.st_rdev, LOCK_TRY);
 	if (commit->lock < 0)
 		return commit->lock != -EBUSY ? commit->lock :
 		       fail(-EBUSY, "%s is just being used by another cowctl", commit->path);
-	if (loop_file(dev, &file))
-		other = find_loop(&file, dev);
-	if (other)
-		err = fail_in_use(commit, "is the same file as",
-				  device_path(major(other), minor(other)));
-	else if (dev == base)
-		err = check_base_target(commit, base);
-	else if (stands_on(NULL, dev, &live))
-		err = fail(-EBUSY, "%s is %s itself, or made of it", commit->path,
-			   commit->args->name);
-	else if (stands_on(NULL, dev, &base) || stands_on(NULL, base, &dev))
-		err = fail(-EBUSY, "%s is made of the base of %s, or that of it", commit->path,
-			   commit->args->name);
+	err = check_device(commit, cow);
 	if (err)
 		return err;
-	where = mounted_on(dev);
-	if (where)
-		return fail_in_use(commit, "is mounted on", where);
 	commit->fd = open(commit->path, O_RDWR | O_DIRECT | O_CLOEXEC |
 			  (commit->onto_base ? 0 : O_EXCL));
 	if (commit->fd < 0)
@@ -136,8 +156,7 @@ static int check_base_file(struct commit *commit, dev_t base)
 	char *dev;
 	int err;
 
-	if (!loop_file(base, &file) || file.st_dev != commit->st.st_dev ||
-	    file.st_ino != commit->st.st_ino)
+	if (!loop_file(base, &file) || !same_file(&file, &commit->st))
 		return 0;
 	if (!loop_is_part(base))
 		return check_base_target(commit, base);

@@ -374,6 +374,7 @@ struct holders {
 };
 
 void find_holders(dev_t dev, struct holders *holders);
+bool is_part_of(dev_t inner, dev_t outer);
 char *mounted_on(dev_t dev);
 bool stands_on(const char *name, dev_t upper, void *lower);
 char *base_source(const struct cow *cow);

@@ -54,7 +54,10 @@ static int attach_free(int control, const struct loop_config *config, char dev[P
 	}
 }
 
-/* Return: whether @dev is a loop device; of its file what tells it from others is set. */
+/*
+ * Return: whether @dev is a loop device; of what is attached to it that is set which tells
+ * it from others: st_rdev if it is a block device, else st_dev and st_ino.
+ */
 bool loop_file(dev_t dev, struct stat *file)
 {
 	char *path = xasprintf("/dev/loop%u", minor(dev));
@@ -67,6 +70,7 @@ bool loop_file(dev_t dev, struct stat *file)
 	if (found) {
 		file->st_dev = info.lo_device;
 		file->st_ino = info.lo_inode;
+		file->st_rdev = info.lo_rdevice;
 	}
 	if (fd >= 0)
 		close(fd);
