@@ -817,6 +817,18 @@ commit_alone()
 	cmp $COW "$BASE"
 	cowctl create test-c2 base="$BASE"
 	cowctl remove test-c2
+	cowctl remove test-cow
+
+	# the same where the base is the loop device of a file
+	truncate -s 2M disk.img
+	cowctl create test-cow base=disk.img
+	io $COW 'write 0 2M A'
+	hold at_read signal=STOP cowctl commit test-cow to=disk.img force=true
+	says 4 'is just being changed by "cowctl commit"' \
+		cowctl create test-c2 base="$(member base_device test-cow)"
+	kill -CONT "$(pgrep -x cowctl)"
+	wait "$tracer"
+	cmp $COW disk.img
 }
 
 commit_to_file()

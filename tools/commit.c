@@ -81,6 +81,15 @@ static int fail_in_use(const struct commit *commit, const char *what, char *who)
 	return err;
 }
 
+/* Nobody makes a copy of the target from here on, nor writes to it by another commit. */
+static int lock_target(struct commit *commit, dev_t dev)
+{
+	commit->lock = lock_device(dev, LOCK_TRY);
+	if (commit->lock == -EBUSY)
+		return fail(-EBUSY, "%s is just being used by another cowctl", commit->path);
+	return commit->lock < 0 ? commit->lock : 0;
+}
+
 /* The base may be written only when this copy is its one user, and its owner means it. */
 static int check_base_target(struct commit *commit, dev_t base)
 {
@@ -130,13 +139,8 @@ static int check_device(struct commit *commit, const struct cow *cow)
 
 static int open_device(struct commit *commit, const struct cow *cow)
 {
-	int err;
+	int err = lock_target(commit, commit->st.st_rdev) ?: check_device(commit, cow);
 
-	commit->lock = lock_device(commit->st.st_rdev, LOCK_TRY);
-	if (commit->lock < 0)
-		return commit->lock != -EBUSY ? commit->lock :
-		       fail(-EBUSY, "%s is just being used by another cowctl", commit->path);
-	err = check_device(commit, cow);
 	if (err)
 		return err;
 	commit->fd = open(commit->path, O_RDWR | O_DIRECT | O_CLOEXEC |
@@ -159,7 +163,7 @@ static int check_base_file(struct commit *commit, dev_t base)
 	if (!loop_file(base, &file) || !same_file(&file, &commit->st))
 		return 0;
 	if (!loop_is_part(base))
-		return check_base_target(commit, base);
+		return lock_target(commit, base) ?: check_base_target(commit, base);
 	/* What is at some place of the base would come to another one of the file. */
 	dev = device_path(major(base), minor(base));
 	err = fail(-EBUSY, "only a part of %s is the base of %s; say to=%s", commit->path,
