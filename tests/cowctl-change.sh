@@ -26,6 +26,29 @@ grows()
 	nothing_left
 }
 
+# interrupt_growth SIGNAL: comes before the new table does, and after the limit
+interrupt_growth()
+{
+	exec strace -qq -o "$work/trace" -P /dev/kmsg -e trace=openat \
+		-e "inject=openat:signal=$1:when=1" cowctl set test-cow limit=1M size=4M
+}
+
+interrupted_set()
+{
+	local table rc=0
+
+	need strace
+	begin make_brd 2048
+	cowctl create test-cow base="$REPLY" limit=2M
+	table=$(dmsetup table test-cow)
+	(interrupt_growth TERM) || rc=$?
+	is 'the status' $rc 143
+	is 'the table' "$(dmsetup table test-cow)" "$table"
+	is 'the state' "$(dmsetup info -c --noheadings -o suspended,tables_loaded test-cow)" \
+		Active:Live
+	io $COW 'write 0 4k A'
+}
+
 # A file system grows while it is mounted.
 grows_mounted()
 {
@@ -402,6 +425,7 @@ shrunken_base()
 
 run_tests \
 	grows 'a device grows' \
+	interrupted_set 'SIGTERM in the middle of several changes' \
 	grows_mounted 'a mounted file system grows' \
 	maps_partitions 'devices for partitions' \
 	misses_kpartx 'kpartx is missed' \

@@ -91,7 +91,7 @@ static int grow(const struct args *args, uint64_t bytes)
 			    args->value[KEY_SIZE], args->name);
 	if (err || bytes == cow.sectors * SECTOR_BYTES)
 		return err;
-	return dm_reload(&cow, bytes / SECTOR_BYTES, cow.params) ?: restart_watch(&cow);
+	return dm_reload(&cow, bytes / SECTOR_BYTES, cow.params, false) ?: restart_watch(&cow);
 }
 
 static int switch_cow_on_read(const struct args *args, const struct cow *cow,
@@ -140,7 +140,7 @@ static void undo(const struct args *args, const struct cow *cow, const char *wat
 	watch_stop(cow->mangled);
 	if (!dm_find(args->mangled, &now) && now.state == COW_LIVE &&
 	    (now.sectors != cow->sectors || strcmp(now.params, cow->params)))
-		dm_reload(cow, cow->sectors, cow->params);
+		dm_reload(cow, cow->sectors, cow->params, true);
 	if (*watched)
 		watch_start(cow, watched);
 }
@@ -278,7 +278,7 @@ static int reload_on(const struct cow *cow, const struct base *base)
 {
 	const char *features = cow->params + strcspn(cow->params, " ");
 	char *params = xasprintf("%u:%u%s", major(base->dev), minor(base->dev), features);
-	int err = dm_reload(cow, cow->sectors, params);
+	int err = dm_reload(cow, cow->sectors, params, false);
 
 	free(params);
 	return err;
@@ -317,7 +317,7 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 		return err;
 	err = restart_watch(cow);
 	if (err) {
-		dm_reload(cow, cow->sectors, cow->params);
+		dm_reload(cow, cow->sectors, cow->params, true);
 		return err;
 	}
 	if (compared && !args->json)

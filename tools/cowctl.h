@@ -245,7 +245,7 @@ int dm_find_number(unsigned int major, unsigned int minor, struct cow *cow);
 int dm_each(int (*call)(const struct cow *cow, void *arg), void *arg);
 int dm_create(const struct args *args, uint64_t sectors, const char *params);
 int dm_remove(const struct args *args);
-int dm_reload(const struct cow *cow, uint64_t sectors, const char *params);
+int dm_reload(const struct cow *cow, uint64_t sectors, const char *params, bool finish);
 void dm_clear(const char *mangled);
 int dm_message(const struct args *args, const char *message);
 int dm_send(const char *uuid, const char *message);

@@ -491,9 +491,10 @@ static int run_interruptible(struct dm_task *task)
 
 /*
  * Neither requests nor file systems are flushed: those that wait for the base
- * must go on with the new table instead of failing now.
+ * must go on with the new table instead of failing now. With @finish it goes on,
+ * whoever wants us to stop.
  */
-static int resume(const char *mangled)
+static int resume(const char *mangled, bool finish)
 {
 	struct dm_task *task = task_new(DM_DEVICE_RESUME, mangled);
 	uint32_t cookie = 0;
@@ -501,7 +502,7 @@ static int resume(const char *mangled)
 
 	if (task && dm_task_no_flush(task) && dm_task_skip_lockfs(task) &&
 	    dm_task_set_cookie(task, &cookie, 0)) {
-		err = run_interruptible(task);
+		err = finish ? task_run(task) : run_interruptible(task);
 		dm_udev_wait(cookie);
 	}
 	if (task)
@@ -519,8 +520,11 @@ void dm_clear(const char *mangled)
 		dm_task_destroy(task);
 }
 
-/* Gives a live device another table; on failure it keeps the one it has. */
-int dm_reload(const struct cow *cow, uint64_t sectors, const char *params)
+/*
+ * Gives a live device another table; on failure it keeps the one it has. With @finish it
+ * undoes something, and signals do not stop it.
+ */
+int dm_reload(const struct cow *cow, uint64_t sectors, const char *params, bool finish)
 {
 	struct dm_task *task = task_new(DM_DEVICE_RELOAD, cow->mangled);
 	int kmsg = open_log(), err = -ENOMEM;
@@ -531,10 +535,10 @@ int dm_reload(const struct cow *cow, uint64_t sectors, const char *params)
 	if (task)
 		dm_task_destroy(task);
 	if (!err) {
-		err = resume(cow->mangled);
+		err = resume(cow->mangled, finish);
 		if (err) {
 			dm_clear(cow->mangled);
-			resume(cow->mangled);
+			resume(cow->mangled, true);
 		}
 	}
 	if (err && err != -EINTR)
