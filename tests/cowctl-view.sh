@@ -115,6 +115,23 @@ drawing()
 	says 1 'cannot write' cowctl map test-cow output=/dev/full
 	test -c /dev/full
 	says 2 'no JSON' cowctl map test-cow --json
+
+	# what others have left in its directory is not written to
+	mkdir "$work/svg"
+	undo rm -rf "$work/svg"
+	echo precious >"$work/svg/other"
+	ln -s other "$work/svg/map.svg.cowctl-part"
+	(umask 027 && cowctl map test-cow output="$work/svg/map.svg")
+	is 'the file of the link' "$(<"$work/svg/other")" precious
+	is 'its mode' "$(stat -c '%F %a' "$work/svg/map.svg")" 'regular file 640'
+	is 'what is there' "$(ls "$work/svg")" "$(printf '%s\n' map.svg other)"
+	cowctl map test-cow output=/dev/stdout | grep -c '<rect x=' | grep -x 24
+	# a file without a name
+	exec 7<>"$work/svg/other"
+	rm "$work/svg/other"
+	cowctl map test-cow output=/proc/self/fd/7
+	grep -c '<rect x=' "/proc/$BASHPID/fd/7" | grep -x 24
+	exec 7>&-
 }
 
 prometheus()

@@ -5,6 +5,7 @@
  */
 #include <blkid/blkid.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
@@ -478,23 +479,33 @@ static void print_svg(FILE *f, const struct cow *cow, const struct drawing *draw
 }
 
 /*
- * A file has another name until it is whole, so that what it replaces is not lost; what
- * is no file, as /dev/stdout may be, is written to.
+ * The name of a file until it is whole, so that what it replaces is not lost; NULL for what
+ * is written to as it is, because it is no file, or none with a name, as /dev/stdout may be.
  */
+static char *part_name(const char *path, const char *real)
+{
+	struct stat st;
+
+	if (stat(path, &st))
+		return xasprintf("%s.cowctl-part", path);
+	return real && S_ISREG(st.st_mode) ? xasprintf("%s.cowctl-part", real) : NULL;
+}
+
 static int write_svg(const char *path, const struct cow *cow, const struct drawing *drawing)
 {
-	char *whole = realpath(path, NULL), *part;
-	struct stat st;
+	char *real = realpath(path, NULL), *part = part_name(path, real);
+	int fd, error;
 	sigset_t set;
-	int error;
 	FILE *f;
 
-	if (!whole)
-		whole = xasprintf("%s", path);
-	part = stat(whole, &st) || S_ISREG(st.st_mode) ? xasprintf("%s.cowctl-part", whole) : NULL;
 	stop_signals(&set);
 	sigprocmask(SIG_BLOCK, &set, NULL);
-	f = fopen(part ?: whole, "we");
+	/* Who may write to the directory may have put anything there by that name. */
+	if (part)
+		unlink(part);
+	fd = part ? open(part, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666) :
+	     open(path, O_WRONLY | O_TRUNC | O_CLOEXEC);
+	f = fd < 0 ? NULL : fdopen(fd, "w");
 	error = f ? 0 : errno;
 	if (f) {
 		print_svg(f, cow, drawing);
@@ -503,13 +514,13 @@ static int write_svg(const char *path, const struct cow *cow, const struct drawi
 		if (fclose(f) && !error)
 			error = errno;
 	}
-	if (part && !error && rename(part, whole))
+	if (part && !error && rename(part, real ?: path))
 		error = errno;
 	if (part && error)
 		unlink(part);
 	sigprocmask(SIG_UNBLOCK, &set, NULL);
 	free(part);
-	free(whole);
+	free(real);
 	return error ? fail(io_error(error), "cannot write %s: %s", path, strerror(error)) : 0;
 }
 
@@ -524,10 +535,12 @@ int cmd_map(const struct args *args)
 	int err = args->json ? fail(-EINVAL, "map: there is no JSON of it; see changes") :
 		  find_cow(args, &cow) ?: draw(&cow, &drawing);
 
-	if (!err && output)
+	if (!err && output) {
+		umask(args->umask);
 		err = write_svg(output, &cow, &drawing);
-	else if (!err)
+	} else if (!err) {
 		print_drawing(&cow, &drawing);
+	}
 	free(drawing.cells);
 	return err;
 }
