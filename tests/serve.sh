@@ -453,6 +453,31 @@ tcp()
 	stops TERM
 }
 
+# Ctrl-C reaches nbdkit, too, here one that does not get as far as to listen, and first.
+interrupted_start()
+{
+	local rc=0 pid
+
+	begin_serve make_brd 1024
+	mkdir "$work/bin"
+	undo rm -rf "$work/bin"
+	ln -s "$(command -v sleep)" "$work/bin/slow"
+	printf '#!/bin/sh\nexec "%s" 600\n' "$work/bin/slow" >"$work/bin/nbdkit"
+	chmod +x "$work/bin/nbdkit"
+	PATH=$work/bin:$PATH env --default-signal=INT setsid cowctl serve test-cow base="$REPLY" \
+		2>"$work/stderr" &
+	pid=$!
+	wait_until 10 pgrep -x slow
+	kill -STOP $pid
+	kill -INT -- -$pid
+	wait_until 10 not pgrep -x -r D,R,S,T,t slow
+	kill -CONT $pid
+	wait $pid || rc=$?
+	is 'what it said' "$(<"$work/stderr")" ''
+	is 'the status' $rc 130
+	nothing_left
+}
+
 cannot_serve()
 {
 	begin_serve make_brd 1024
@@ -498,4 +523,5 @@ run_tests \
 	slow_holes 'holes that are told late' \
 	activated 'sockets from systemd' \
 	tcp 'a TCP port' \
+	interrupted_start 'Ctrl-C while it starts' \
 	cannot_serve 'what cannot be served'

@@ -194,10 +194,13 @@ static int wait_until_ready(struct server *server)
 	int err = 0;
 
 	while (!err && read_line(pid_file, text, sizeof(text))) {
-		if (ended(server, PROBE_MS))
-			err = reap(server);
-		else if (interrupted())
+		bool over = ended(server, PROBE_MS);
+
+		/* Ctrl-C is for both. */
+		if (interrupted())
 			err = -EINTR;
+		else if (over)
+			err = reap(server);
 		else if (now_ms() > deadline)
 			err = fail(-ETIMEDOUT, "nbdkit does not begin to listen");
 	}
