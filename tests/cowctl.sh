@@ -181,6 +181,8 @@ limits()
 
 tmpdir()
 {
+	local odd
+
 	begin make_brd 1024
 	mkdir "$work/a b"
 	undo rmdir "$work/a b"
@@ -196,6 +198,17 @@ tmpdir()
 	is 'tmpfs' "$(member tmpfs test-cow)" null
 	cowctl remove test-cow
 	TMPDIR=/no/such cowctl create test-cow base="$REPLY" 2>&1 | grep 'TMPDIR=/no/such is not'
+	cowctl remove test-cow
+
+	# neither on a terminal nor in JSON
+	odd=$work/$'a b/\e[31m\xff'
+	mkdir "$odd"
+	TMPDIR=$odd cowctl create test-cow base="$REPLY" 2>&1 |
+		grep -a ' contains a character that cannot be printed; what is written'
+	is 'tmpfs' "$(member tmpfs test-cow)" null
+	cowctl remove test-cow
+	make_cow test-cow 2048 /dev/ram0 2 tmpfs "$work/a%20b/%1B%5B31m%FF"
+	is 'tmpfs' "$(member tmpfs test-cow)" "$work/a%20b/%1B%5B31m%FF"
 }
 
 # After a reset nobody sees what was there before, whatever was cached or dirty.

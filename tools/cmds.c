@@ -617,6 +617,19 @@ static struct json_object *describe_parts(const struct cow *cow)
 	return list;
 }
 
+/* What others made may have a path that cannot be printed; it is as in the table then. */
+static char *tmpfs_text(const struct cow_table *table)
+{
+	char encoded[3 * PATH_MAX];
+
+	if (!table->tmpfs[0])
+		return NULL;
+	if (printable(table->tmpfs))
+		return xasprintf("%s", table->tmpfs);
+	percent_encode(table->tmpfs, encoded, sizeof(encoded));
+	return xasprintf("%s", encoded);
+}
+
 /* A device as JSON, the same wherever one is reported; sizes are in bytes. */
 struct json_object *describe(const struct cow *cow)
 {
@@ -631,7 +644,7 @@ struct json_object *describe(const struct cow *cow)
 	add_text(object, "base_device", device_path(cow->table.major, cow->table.minor));
 	add_number(object, "base_size", base_size(cow));
 	add_number(object, "base_size_expected", status->base_size_sectors * SECTOR_BYTES);
-	add_text(object, "tmpfs", cow->table.tmpfs[0] ? xasprintf("%s", cow->table.tmpfs) : NULL);
+	add_text(object, "tmpfs", tmpfs_text(&cow->table));
 	add_text(object, "health", xasprintf("%s", status->health));
 	add_number(object, "used", status->used_blocks * BLOCK_BYTES);
 	add_limit(object, "limit", status->limit_blocks);

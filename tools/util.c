@@ -204,6 +204,7 @@ int write_file(const char *path, const char *text)
 void tmpfs_from_environment(char path[PATH_MAX])
 {
 	const char *dir = getenv("TMPDIR");
+	const char *why = NULL;
 	struct statfs fs;
 	char *full;
 
@@ -211,11 +212,14 @@ void tmpfs_from_environment(char path[PATH_MAX])
 	if (!dir || !*dir)
 		return;
 	full = realpath(dir, NULL);
-	if (full && !statfs(full, &fs) && fs.f_type == TMPFS_MAGIC)
-		snprintf(path, PATH_MAX, "%s", full);
+	if (!full || statfs(full, &fs) || fs.f_type != TMPFS_MAGIC)
+		why = "is not on a tmpfs";
+	else if (!printable(full))
+		why = "contains a character that cannot be printed";
 	else
-		warn("TMPDIR=%s is not on a tmpfs; what is written stays in memory, but not there",
-		     dir);
+		snprintf(path, PATH_MAX, "%s", full);
+	if (why)
+		warn("TMPDIR=%s %s; what is written stays in memory, but not there", dir, why);
 	free(full);
 }
 
