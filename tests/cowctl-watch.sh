@@ -222,6 +222,28 @@ terminal()
 	is 'lines on a dumb terminal' "$(screen 80 7 '' env TERM=dumb cowctl top count=1 | grep -c '^[0-9:]*  *test-c')" 8
 }
 
+# limit_of_all TOTAL_LIMIT: as top shows it
+limit_of_all()
+{
+	echo "$1" >$MODULE/parameters/total_limit
+	screen 80 7 q cowctl top delay=0.1 >"$work/screen"
+	frame | awk 'NR == 2 { print $4, $5 }'
+}
+
+# What the module takes as total_limit, cowctl understands.
+total_limits()
+{
+	need python3
+	two_copies
+	undo rm -f "$work/screen"
+	undo eval "echo '$(<$MODULE/parameters/total_limit)' >$MODULE/parameters/total_limit"
+	is 'the limit' "$(limit_of_all 0)" '0B ########'
+	is 'the limit' "$(limit_of_all 0x100000)" '1.0M ........'
+	is 'the limit' "$(limit_of_all 2m)" '2.0M ........'
+	is 'the limit' "$(limit_of_all none)" 'none -'
+	[[ $(limit_of_all 200%) = [0-9]*[GM]\ ........ ]] || fail 'a percentage is none'
+}
+
 # Of many copies all are there, and each is known again at the next look.
 many()
 {
@@ -403,6 +425,7 @@ run_tests \
 	rates 'rates of growth and reads' \
 	coming_and_going 'copies that come and go' \
 	terminal 'top on terminals' \
+	total_limits 'the limit of all copies together' \
 	many 'top of many copies' \
 	thresholds 'waiting for thresholds' \
 	ends_of_wait 'the ends of waiting' \

@@ -5,6 +5,7 @@
  * On a terminal the table is drawn over itself; the few escape sequences that
  * this takes are known to every terminal, and need no library. Elsewhere each look adds lines.
  */
+#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <json-c/json.h>
@@ -405,13 +406,32 @@ static void draw_row(const struct top *top, const struct look *look, const struc
 	fputs(colour ? "\033[0m\n" : "\n", stdout);
 }
 
+/* In blocks; the module takes what limit= does not: 0, 200% and what memparse() knows. */
+static uint64_t total_limit(void)
+{
+	static const char units[] = "KMGTPE";
+	char text[32], *end, *unit;
+	struct sysinfo info;
+	uint64_t number;
+
+	if (read_line(TOTAL_LIMIT, text, sizeof(text)) || !strcmp(text, "none"))
+		return NO_LIMIT;
+	number = strtoull(text, &end, 0);
+	unit = *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
+	if (unit)
+		number <<= 10 * (unit - units + 1);
+	if (*end == '%') {
+		sysinfo(&info);
+		number *= (uint64_t)info.totalram * info.mem_unit / 100;
+	}
+	return number / BLOCK_BYTES;
+}
+
 /* All devices as if they were one; they have a limit together. */
 static struct look add_up(const struct top *top)
 {
 	static const char *const healths[] = { "ok", "high", "full", "base-error" };
-	struct look sum = { .status.limit_blocks = NO_LIMIT };
-	struct sysinfo info;
-	char text[32];
+	struct look sum = { .status.limit_blocks = total_limit() };
 	int worst = 0;
 
 	snprintf(sum.name, sizeof(sum.name), "all %zu", top->nr);
@@ -433,10 +453,6 @@ static struct look add_up(const struct top *top)
 		sum.base += look->base;
 	}
 	strcpy(sum.status.health, healths[worst]);
-	sysinfo(&info);
-	if (read_line(TOTAL_LIMIT, text, sizeof(text)) ||
-	    parse_limit(text, (uint64_t)info.totalram * info.mem_unit, &sum.status.limit_blocks))
-		sum.status.limit_blocks = NO_LIMIT;
 	return sum;
 }
 
