@@ -87,7 +87,7 @@ maps_partitions()
 {
 	local name
 
-	need kpartx sfdisk sgdisk
+	need kpartx sfdisk sgdisk nbdkit
 	begin make_disk
 	cowctl create test-cow base="$REPLY" partitions=true
 	is 'partitions' "$(partitions test-cow)" '["/dev/mapper/test-cowp1","/dev/mapper/test-cowp2"]'
@@ -103,6 +103,8 @@ maps_partitions()
 	mount ${COW}p2 "$work/mnt"
 	says 4 "test-cowp2 is mounted on $work/mnt" cowctl remove test-cow
 	says 4 "test-cowp2 is mounted on $work/mnt" cowctl reset test-cow
+	cowctl export test-cow 2>&1 | grep "^cowctl: test-cow is mounted on $work/mnt; a client"
+	cowctl unexport test-cow
 	umount "$work/mnt"
 	exec 7<${COW}p1
 	says 4 'test-cowp1 is open in 1 place' cowctl remove test-cow

@@ -438,17 +438,28 @@ static int start(const struct cow *cow, const struct args *args, const char *ser
 	return err ? err : interrupted() ? -EINTR : 0;
 }
 
-int export_start(const struct cow *cow, const struct args *args)
+static void warn_if_mounted(const struct cow *cow)
 {
-	const char *server;
-	char *plugin;
 	char *where = mounted_on(makedev(cow->major, cow->minor));
-	int err = choose_server(args, &server, &plugin);
+	struct part *parts;
+	int n = parts_find(cow, &parts);
 
+	for (int i = 0; i < n && !where; i++)
+		where = mounted_on(makedev(parts[i].major, parts[i].minor));
 	if (where)
 		warn("%s is mounted on %s; a client that writes to it destroys its file system",
 		     cow->name, where);
 	free(where);
+	free(parts);
+}
+
+int export_start(const struct cow *cow, const struct args *args)
+{
+	const char *server;
+	char *plugin;
+	int err = choose_server(args, &server, &plugin);
+
+	warn_if_mounted(cow);
 	if (!err)
 		err = start(cow, args, server, plugin);
 	free(plugin);
