@@ -247,6 +247,11 @@ small_bases()
 	cowctl rebase test-cow base="$work/other"
 	is 'base' "$(member base test-cow)" "$work/other"
 	image_is_unchanged
+
+	truncate -s 6K "$work/other"
+	cowctl create test-c2 base="$work/other" round=up
+	is 'what it said' "$(cowctl rebase test-c2 base="$work/other")" \
+		'compared 2 of 2 blocks with the old base: the same'
 }
 
 # What cannot take the base's place does not, and leaves all as it was.

@@ -222,10 +222,16 @@ static int fail_uncomparable(const struct args *args, const struct base *base, c
 		    "say force=true if %s has the same content", args->name, why, base->text);
 }
 
+/* The last one may be a part of a block. */
+static uint64_t count_blocks(uint64_t bytes)
+{
+	return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
+}
+
 static int compare(const struct args *args, int old, uint64_t old_bytes, const struct base *base,
 		   uint64_t *compared)
 {
-	uint64_t blocks = (old_bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
+	uint64_t blocks = count_blocks(old_bytes);
 	uint64_t samples = blocks < SAMPLES ? blocks : SAMPLES;
 
 	posix_fadvise(old, 0, 0, POSIX_FADV_RANDOM);
@@ -322,7 +328,7 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 	}
 	if (compared && !args->json)
 		printf("compared %" PRIu64 " of %" PRIu64 " blocks with the old base: the same\n",
-		       compared, old_bytes / BLOCK_BYTES);
+		       compared, count_blocks(old_bytes));
 	return 0;
 }
 
