@@ -344,9 +344,10 @@ static int unknown_command(const char *name)
 
 static int help_about(const char *name)
 {
-	const struct command *command = name ? find_command(name) : NULL;
+	bool all = !name || !strcmp(name, "help");
+	const struct command *command = all ? NULL : find_command(name);
 
-	if (name && !command)
+	if (!all && !command)
 		return unknown_command(name);
 	if (command)
 		help_command(command);

@@ -266,6 +266,7 @@ right_questions()
 	"$out/cowctl" --version | grep -qx 'cowctl [0-9.]*' &&
 		"$out/cowctl" --help | grep -q '^Usage: ' &&
 		"$out/cowctl" help | cmp - <("$out/cowctl" --help) &&
+		"$out/cowctl" help help | cmp - <("$out/cowctl" --help) &&
 		"$out/cowctl" create --help | cmp - <("$out/cowctl" help create)
 }
 
