@@ -321,6 +321,8 @@ thresholds()
 
 ends_of_wait()
 {
+	local threshold
+
 	two_copies
 	waits test-c1 threshold=80%
 	cowctl remove test-c1
@@ -330,6 +332,14 @@ ends_of_wait()
 	cowctl remove test-c2
 	cowctl create test-c2 base="$REPLY"
 	ended 3
+	# looked for once a second, and where the kernel tells the rest less often
+	for threshold in 50% 80%; do
+		cowctl set test-c2 limit=256K
+		waits test-c2 threshold=$threshold timeout=60
+		cowctl set test-c2 limit=none
+		ended 2
+		grep 'test-c2 has no limit; give threshold= as a size' "$work/stderr"
+	done
 	waits test-c2 threshold=1M
 	kill -TERM "$waiter"
 	ended 143

@@ -15,7 +15,8 @@
 
 #include "cowctl.h"
 
-#define LOOK_MS	1000
+#define LOOK_MS		1000
+#define LIMIT_LOOK_MS	10000	/* for what the kernel does not tell: that the limit went */
 
 struct wait {
 	const struct args *args;
@@ -50,8 +51,8 @@ static bool reached(const struct wait *wait, const struct cow_status *status)
 	if (!wait->percent)
 		return status->used_blocks >= (wait->bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
 	return !strcmp(status->health, "full") ||
-	       (status->limit_blocks != NO_LIMIT && (double)status->used_blocks * 100 >=
-		(double)status->limit_blocks * wait->percent);
+	       (double)status->used_blocks * 100 >=
+	       (double)status->limit_blocks * wait->percent;
 }
 
 /* Looks whenever something has happened. Return: 0 when it is reached. */
@@ -65,7 +66,7 @@ static int watch(const struct wait *wait, struct cow *cow, int events, int signa
 			{ .fd = signals, .events = POLLIN },
 			{ .fd = events, .events = POLLIN },
 		};
-		int err = dm_arm_events(events), ms = told ? INT_MAX : LOOK_MS;
+		int err = dm_arm_events(events), ms = told ? LIMIT_LOOK_MS : LOOK_MS;
 		int64_t left;
 
 		if (err)
@@ -76,6 +77,9 @@ static int watch(const struct wait *wait, struct cow *cow, int events, int signa
 		if (err || cow->state != COW_LIVE || strcmp(cow->uuid, wait->uuid))
 			return fail(-ENODEV, "%s was removed before it reached threshold=%s",
 				    wait->args->name, wait->args->value[KEY_THRESHOLD]);
+		if (wait->percent && cow->status.limit_blocks == NO_LIMIT)
+			return fail(-EINVAL, "%s has no limit; give threshold= as a size",
+				    wait->args->name);
 		if (reached(wait, &cow->status))
 			return 0;
 		left = (int64_t)wait->timeout_ms - (now_ms() - start);
@@ -123,8 +127,6 @@ int cmd_wait(const struct args *args)
 	sigset_t set, mask;
 	int err = parse(args, &wait) ?: find_cow(args, &cow), events, signals;
 
-	if (!err && wait.percent && cow.status.limit_blocks == NO_LIMIT)
-		err = fail(-EINVAL, "%s has no limit; give threshold= as a size", args->name);
 	if (err)
 		return err;
 	memcpy(wait.uuid, cow.uuid, sizeof(wait.uuid));
