@@ -347,7 +347,7 @@ waits_for_a_base()
 # A base that does not answer is waited for, unless one is told to stop.
 hanging_base()
 {
-	local server reader
+	local server reader pid
 
 	need nbdkit nbd-client
 	begin serve_image 4M
@@ -364,12 +364,23 @@ hanging_base()
 	wait $! || is 'its exit status' $? 143
 	is 'loop devices left' "$(losetup -a | grep "($work" || :)" ''
 	kill -0 $reader
+	# what nohup has it ignore is no reason to stop
+	env --ignore-signal=HUP cowctl rebase test-cow base="$work/disk.img" force=true &
+	pid=$!
+	wait_until 10 loop_is_held
+	wait_until 10 suspends $pid
+	kill -HUP $pid
 	kill -CONT "$server"
 	wait $reader
-	io $COW 'check 0 4k A' 'check 2M 4k .'
-	cowctl rebase test-cow base="$work/disk.img" force=true
+	wait $pid
 	is 'base' "$(member base test-cow)" "$work/disk.img"
 	io $COW 'check 0 4k A' 'check 4k end .'
+}
+
+# It waits in the kernel, for what is under way.
+suspends()
+{
+	grep -q dm_wait_for "/proc/$1/stack"
 }
 
 has_used()

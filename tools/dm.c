@@ -477,15 +477,18 @@ static int run_interruptible(struct dm_task *task)
 	sigset_t set, mask;
 	int err = -EINTR;
 
-	for (int i = 0; i < 3; i++)
-		sigaction(signals[i], &action, &before[i]);
+	/* With a handler, one that is ignored would no more be. */
 	stop_signals(&set);
+	for (int i = 0; i < 3; i++)
+		if (sigismember(&set, signals[i]))
+			sigaction(signals[i], &action, &before[i]);
 	sigprocmask(SIG_UNBLOCK, &set, &mask);
 	if (!interrupted())
 		err = task_run(task);
 	sigprocmask(SIG_SETMASK, &mask, NULL);
 	for (int i = 0; i < 3; i++)
-		sigaction(signals[i], &before[i], NULL);
+		if (sigismember(&set, signals[i]))
+			sigaction(signals[i], &before[i], NULL);
 	return err;
 }
 
