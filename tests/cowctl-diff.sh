@@ -817,7 +817,14 @@ commit_alone()
 	cmp $COW "$BASE"
 	cowctl create test-c2 base="$BASE"
 	cowctl remove test-c2
+
+	# the copy may go meanwhile
+	hold at_read signal=STOP cowctl commit test-cow to="$BASE" force=true 2>"$work/stderr"
 	cowctl remove test-cow
+	kill -CONT "$(pgrep -x cowctl)"
+	wait "$tracer"
+	is 'what it said' "$(<"$work/stderr")" ''
+	io "$BASE" 'check 0 2M A'
 
 	# the same where the base is the loop device of a file
 	truncate -s 2M disk.img
