@@ -211,15 +211,17 @@ int open_base(const char *text, const char *slot, int lock_fd, struct base *base
 	struct stat st;
 
 	base->text = text;
-	if (strstr(text, "://"))
+	if (strstr(text, "://")) {
 		base->fd = nbd_connect(slot, text, lock_fd, dev);
-	else if (!stat(text, &st) && S_ISREG(st.st_mode))
+	} else if (!stat(text, &st) && S_ISREG(st.st_mode)) {
 		base->fd = loop_attach(text, dev);
-	else
+	} else {
 		base->fd = open(text, O_RDONLY | O_CLOEXEC);
+		if (base->fd < 0)
+			return fail(-errno, "cannot open base %s: %m", text);
+	}
 	if (base->fd < 0)
-		return strstr(text, "://") || S_ISREG(st.st_mode) ? base->fd :
-		       fail(-errno, "cannot open base %s: %m", text);
+		return base->fd;
 	if (fstat(base->fd, &st) || ioctl(base->fd, BLKGETSIZE64, &base->bytes))
 		return fail(-errno, "cannot get the size of base %s: %m", text);
 	base->dev = st.st_rdev;
