@@ -24,16 +24,30 @@ static char *record_path(const char *mangled, const char *kind)
 	return xasprintf(RUN_DIR "/%s.%s", mangled, kind);
 }
 
+/* Return: the id of the process that holds the lock of the file, or 0. */
+static pid_t find_holder(int fd)
+{
+	struct flock lock = { .l_type = F_WRLCK };
+
+	return fcntl(fd, F_GETLK, &lock) || lock.l_type == F_UNLCK ? 0 : lock.l_pid;
+}
+
 /* Return: the process that holds the lock of the file, as a pidfd, or -1. */
 static int open_holder(const char *path)
 {
-	struct flock lock = { .l_type = F_WRLCK };
 	int fd = open(path, O_RDWR | O_CLOEXEC), process = -1;
+	pid_t pid;
 
 	if (fd < 0)
 		return -1;
-	if (!fcntl(fd, F_GETLK, &lock) && lock.l_type != F_UNLCK)
-		process = pidfd_open(lock.l_pid, 0);
+	pid = find_holder(fd);
+	if (pid)
+		process = pidfd_open(pid, 0);
+	/* It may have ended before, and another one have its id. */
+	if (process >= 0 && find_holder(fd) != pid) {
+		close(process);
+		process = -1;
+	}
 	close(fd);
 	return process;
 }
