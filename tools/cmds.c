@@ -547,16 +547,6 @@ static void add_limit(struct json_object *object, const char *key, uint64_t bloc
 		add_number(object, key, blocks * BLOCK_BYTES);
 }
 
-static uint64_t base_size(const struct cow *cow)
-{
-	char *file = xasprintf("/sys/dev/block/%u:%u/size", cow->table.major, cow->table.minor);
-	char text[24] = "0";
-
-	read_line(file, text, sizeof(text));
-	free(file);
-	return strtoull(text, NULL, 10) * SECTOR_BYTES;
-}
-
 static struct json_object *describe_prefetch(const struct cow_status *status)
 {
 	struct json_object *object;
@@ -644,7 +634,8 @@ struct json_object *describe(const struct cow *cow)
 	add_number(object, "size", cow->sectors * SECTOR_BYTES);
 	add_text(object, "base", base_source(cow));
 	add_text(object, "base_device", device_path(cow->table.major, cow->table.minor));
-	add_number(object, "base_size", base_size(cow));
+	add_number(object, "base_size",
+		   device_bytes(makedev(cow->table.major, cow->table.minor)));
 	add_number(object, "base_size_expected", status->base_size_sectors * SECTOR_BYTES);
 	add_text(object, "tmpfs", tmpfs_text(&cow->table));
 	add_text(object, "health", xasprintf("%s", status->health));

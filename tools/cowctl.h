@@ -189,6 +189,8 @@ void end_progress(int shown);
 char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int read_line(const char *path, char *buf, size_t size);
 int write_file(const char *path, const char *text);
+char *run_path(const char *slot, const char *suffix);
+uint64_t device_bytes(dev_t dev);
 void tmpfs_from_environment(char path[PATH_MAX]);
 bool any_link(dev_t dev, const char *kind,
 	      bool (*call)(const char *name, dev_t dev, void *arg), void *arg);
@@ -325,7 +327,6 @@ struct listen {
 
 int listen_parse(const struct args *args, struct listen *listen);
 int listen_check(const struct listen *listen, const char *name);
-char *run_path(const char *slot, const char *suffix);
 int write_run_file(const char *slot, const char *suffix, const char *text);
 void clear_away(const char *slot);
 int find_plugin(bool needed, char **plugin);

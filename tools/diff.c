@@ -141,16 +141,6 @@ static int choose_backing(struct diff *diff)
 	return 0;
 }
 
-static uint64_t device_bytes(dev_t dev)
-{
-	char *file = xasprintf("/sys/dev/block/%u:%u/size", major(dev), minor(dev));
-	char text[24] = "0";
-
-	read_line(file, text, sizeof(text));
-	free(file);
-	return strtoull(text, NULL, 10) * SECTOR_BYTES;
-}
-
 /* How far what is under the image may reach: further than what the device shows of it. */
 static uint64_t backing_end(const struct diff *diff)
 {

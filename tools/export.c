@@ -31,11 +31,6 @@
 #define STOP_MS		5000
 #define PROBE_MS	20
 
-char *run_path(const char *slot, const char *suffix)
-{
-	return xasprintf(RUN_DIR "/%s.%s", slot, suffix);
-}
-
 static void remove_file(const char *mangled, const char *suffix)
 {
 	char *path = run_path(mangled, suffix);

@@ -19,11 +19,6 @@
 
 #define STOP_MS	10000
 
-static char *record_path(const char *mangled, const char *kind)
-{
-	return xasprintf(RUN_DIR "/%s.%s", mangled, kind);
-}
-
 /* Return: the id of the process that holds the lock of the file, or 0. */
 static pid_t find_holder(int fd)
 {
@@ -55,7 +50,7 @@ static int open_holder(const char *path)
 /* Return: 0 and what it works on, or -ENOENT when there is no such process. */
 int helper_find(const char *mangled, const char *kind, char *text, size_t size)
 {
-	char *path = record_path(mangled, kind);
+	char *path = run_path(mangled, kind);
 	int process = open_holder(path);
 	int err = process < 0 ? -ENOENT : read_line(path, text, size);
 
@@ -68,7 +63,7 @@ int helper_find(const char *mangled, const char *kind, char *text, size_t size)
 /* Ends it, and returns when it has ended. */
 void helper_stop(const char *mangled, const char *kind)
 {
-	char *path = record_path(mangled, kind);
+	char *path = run_path(mangled, kind);
 	int process = open_holder(path);
 
 	if (process >= 0) {
@@ -153,7 +148,7 @@ run_helper(const char *path, const char *text, void (*work)(void *arg, int ready
 int helper_start(const char *mangled, const char *kind, const char *text,
 		 void (*work)(void *arg, int ready_fd), void *arg, int wait_ms)
 {
-	char *path = record_path(mangled, kind);
+	char *path = run_path(mangled, kind);
 	struct pollfd ready;
 	int fds[2], err;
 	pid_t pid;

@@ -24,7 +24,7 @@
 
 static char *record_path(const char *mangled)
 {
-	return xasprintf(RUN_DIR "/%s.nbd", mangled);
+	return run_path(mangled, "nbd");
 }
 
 /* Return: the id of the process that connected /dev/nbdN, 0 when it is free. */

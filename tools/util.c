@@ -200,6 +200,23 @@ int write_file(const char *path, const char *text)
 	return err;
 }
 
+/* A file in the run directory, to be freed. */
+char *run_path(const char *slot, const char *suffix)
+{
+	return xasprintf(RUN_DIR "/%s.%s", slot, suffix);
+}
+
+/* Return: the size of a block device, 0 when it is away. */
+uint64_t device_bytes(dev_t dev)
+{
+	char *file = xasprintf("/sys/dev/block/%u:%u/size", major(dev), minor(dev));
+	char text[24] = "0";
+
+	read_line(file, text, sizeof(text));
+	free(file);
+	return strtoull(text, NULL, 10) * SECTOR_BYTES;
+}
+
 /* TMPDIR where it names a tmpfs; otherwise nothing. */
 void tmpfs_from_environment(char path[PATH_MAX])
 {
