@@ -147,6 +147,15 @@ int walk_device(const struct cow *cow, dev_t dev, uint64_t under_end,
 	return err ?: tell(&walk);
 }
 
+/* A visitor that only counts: @arg are the sums of each kind. */
+int add_to_sums(const struct range *range, void *arg)
+{
+	uint64_t *sums = arg;
+
+	sums[range->kind] += range->end - range->start;
+	return 0;
+}
+
 /*
  * changes
  */

@@ -289,14 +289,6 @@ static int zero_range(struct commit *commit, uint64_t offset, uint64_t end)
 	return err;
 }
 
-static int count_range(const struct range *range, void *arg)
-{
-	struct commit *commit = arg;
-
-	commit->sums[range->kind] += range->end - range->start;
-	return 0;
-}
-
 static int commit_range(const struct range *range, void *arg)
 {
 	return range->kind == WRITTEN ? copy_range(arg, range->start, range->end) :
@@ -307,7 +299,7 @@ static int write_changes(struct commit *commit)
 {
 	const struct view *view = &commit->view;
 	uint64_t bytes = view->cow.sectors * SECTOR_BYTES, under_end = commit->bytes;
-	int err = walk_device(&view->cow, view->dev, under_end, count_range, commit);
+	int err = walk_device(&view->cow, view->dev, under_end, add_to_sums, commit->sums);
 
 	if (!err && commit->bytes < bytes && ftruncate(commit->fd, bytes))
 		err = fail_write(commit, errno);

@@ -396,6 +396,7 @@ struct range {
 
 int walk_device(const struct cow *cow, dev_t dev, uint64_t under_end,
 		int (*visit)(const struct range *range, void *arg), void *arg);
+int add_to_sums(const struct range *range, void *arg);
 
 /* view.c: a device as it was at one instant */
 

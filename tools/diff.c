@@ -160,14 +160,6 @@ static uint64_t backing_end(const struct diff *diff)
  * Saving
  */
 
-static int count_range(const struct range *range, void *arg)
-{
-	struct diff *diff = arg;
-
-	diff->sums[range->kind] += range->end - range->start;
-	return 0;
-}
-
 static int save_range(const struct range *range, void *arg)
 {
 	struct diff *diff = arg;
@@ -197,7 +189,7 @@ static int save_range(const struct range *range, void *arg)
 static int save(struct diff *diff)
 {
 	const struct view *view = &diff->view;
-	int err = walk_device(&view->cow, view->dev, diff->under_end, count_range, diff);
+	int err = walk_device(&view->cow, view->dev, diff->under_end, add_to_sums, diff->sums);
 
 	if (!err)
 		err = image_start(&diff->image, false);
