@@ -198,6 +198,8 @@ start_nbdkit()
 	local socket=$1
 
 	shift
+	# an earlier one leaves it behind
+	rm -f "$socket"
 	run_nbdkit "$socket.pid" -U "$socket" "$@"
 }
 
