@@ -792,7 +792,11 @@ commit_to_device()
 	losetup -d "$REPLY"
 	unset 'undo_list[-1]'
 	make_loop "$BASE"
-	says 4 'is made of the base' cowctl commit test-cow to="$REPLY" force=true
+	says 4 'is made of the base of test-cow' cowctl commit test-cow to="$REPLY" force=true
+	make_loop /dev/ram1
+	cowctl create test-c2 base=/dev/ram1
+	says 4 'is made of the base of test-c2' cowctl commit test-cow to="$REPLY" force=true
+	cowctl remove test-c2
 	says 2 'to= is missing' cowctl commit test-cow
 	says 1 'cannot find' cowctl commit test-cow to=/dev/none
 	says 1 'is no block device or file' cowctl commit test-cow to=/dev/null

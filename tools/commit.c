@@ -109,6 +109,16 @@ static int check_base_target(struct commit *commit, dev_t base)
 		    commit->path, commit->args->name);
 }
 
+/* Writing to a device must not change the base of any copy that is below it. */
+static int check_not_on_base(const struct cow *cow, void *arg)
+{
+	struct commit *commit = arg;
+	dev_t base = makedev(cow->table.major, cow->table.minor);
+
+	return !stands_on(NULL, commit->st.st_rdev, &base) ? 0 :
+	       fail(-EBUSY, "%s is made of the base of %s", commit->path, cow->name);
+}
+
 /* Whether a device may be written, as far as is known without opening it. */
 static int check_device(struct commit *commit, const struct cow *cow)
 {
@@ -130,11 +140,12 @@ static int check_device(struct commit *commit, const struct cow *cow)
 	if (stands_on(NULL, dev, &live))
 		return fail(-EBUSY, "%s is %s itself, or made of it", commit->path,
 			    commit->args->name);
-	if (stands_on(NULL, dev, &base) || stands_on(NULL, base, &dev))
-		return fail(-EBUSY, "%s is made of the base of %s, or that of it", commit->path,
-			    commit->args->name);
+	if (stands_on(NULL, base, &dev))
+		return fail(-EBUSY, "the base of %s is made of %s", commit->args->name,
+			    commit->path);
 	where = mounted_on(dev);
-	return where ? fail_in_use(commit, "is mounted on", where) : 0;
+	return where ? fail_in_use(commit, "is mounted on", where) :
+	       dm_each(check_not_on_base, commit);
 }
 
 static int open_device(struct commit *commit, const struct cow *cow)
