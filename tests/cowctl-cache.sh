@@ -180,7 +180,7 @@ watched_path()
 	wait_until 10 ended
 	# one that was killed is in nobody's way
 	cowctl create test-cow base="$base" cow-on-read="$flag"
-	pkill -KILL -x cowctl
+	pkill -KILL -f "^cowctl create test-cow base=$base "
 	wait_until 10 idle
 	is 'cow_on_read' "$(member cow_on_read test-cow)" false
 	cowctl set test-cow cow-on-read="$flag"
@@ -267,7 +267,7 @@ parts_of_prefetches()
 	env --default-signal=INT cowctl prefetch test-cow rate=16K >"$work/out" 2>"$work/err" &
 	wait_until 10 prefetch_state running
 	wait_until 10 test -s "$work/out"
-	pkill -INT -x cowctl
+	kill -INT $!
 	wait $! || is 'its exit status' $? 130
 	prefetch_state stopped
 	is 'errors' "$(<"$work/err")" ''

@@ -296,14 +296,14 @@ killed()
 import subprocess
 a, b = connect(), connect()
 a.pwrite(b"A" * 4096, 0)
-subprocess.check_call(["pkill", "-KILL", "-x", "nbdkit"])'
+subprocess.check_call(["pkill", "-KILL", "-x", "nbdkit", "-P", "'"$server"'"])'
 	wait_until 20 overlays_are 0
 	wait_until 20 test ! -d "/proc/$server"
 	grep 'nbdkit was killed by signal 9' "$work/errors"
 	nothing_left
 
 	serve base="$base" per-client=true
-	nbdkit=$(pgrep -x nbdkit)
+	nbdkit=$(pgrep -x nbdkit -P "$server")
 	kill -KILL "$server"
 	wait_until 20 test ! -d "/proc/$nbdkit"
 	wait_until 20 overlays_are 0
