@@ -194,6 +194,21 @@ small_limits()
 	done
 }
 
+# What was used again is kept when another block has to go.
+second_chance()
+{
+	local before
+
+	begin
+	before=$(reads $GATE)
+	io $COW 'message test-cow cache_limit 16' 'check 0 64k .' 'check 0 4k .' 'check 1M 4k .'
+	read_since "$before" 2 136
+	io $COW 'check 0 4k .'
+	read_since "$before" 2 136
+	io $COW 'check 4k 4k .'
+	read_since "$before" 3 144
+}
+
 #
 # Errors
 #
@@ -477,6 +492,21 @@ grown_base()
 		'is 1028k 0A000000'
 }
 
+# Nobody can say that the base has a hole where it has nothing.
+holes_past_the_end()
+{
+	local range
+
+	make_cow test-third 16384 /dev/ram1
+	for range in '1024 1' '1023 2' '0 1025' '2047 1' '2048 1'; do
+		# shellcheck disable=SC2086 # two words
+		fails dmsetup message test-third 0 holes $range
+	done
+	is 'the map' "$(dmsetup message test-third 0 extents 0 2048)" '1024b 1024z'
+	dmsetup message test-third 0 holes 1023 1
+	is 'the map' "$(dmsetup message test-third 0 extents 0 2048)" '1023b 1h 1024z'
+}
+
 #
 # The end
 #
@@ -526,6 +556,7 @@ run_tests \
 	one_request 'contiguous blocks are one request' \
 	read_ahead 'only what is read ahead is kept' \
 	small_limits 'small limits' \
+	second_chance 'what is used again stays' \
 	failed_read 'a read that several wait for fails' \
 	bad_block 'one block of a read that several wait for fails' \
 	prefetch_and_writes 'reads and writes during a prefetch' \
@@ -541,4 +572,5 @@ run_tests \
 	rebases 'random I/O while the base is exchanged' \
 	busy 'a base that has no room for one more request' \
 	grown_base 'a base that grew between two overlays' \
+	holes_past_the_end 'holes past the end of the base' \
 	all_is_freed 'all memory is free again'

@@ -129,6 +129,15 @@ total_limit()
 	is total_used "$(<$MODULE/parameters/total_used)" 256
 }
 
+total_limit_default()
+{
+	local limit
+
+	limit=$(<$MODULE/parameters/total_limit)
+	[ "$limit" = 50% ] || [ -z "${RUNNING_KERNEL:-}" ] || skip 'somebody has set total_limit'
+	is total_limit "$limit" 50%
+}
+
 total_limit_grammar()
 {
 	local param=$MODULE/parameters/total_limit value
@@ -243,6 +252,7 @@ full_tmpfs()
 	io /dev/mapper/test-cow 'write 0 64k A' 'fails ENOSPC write 64k 4k B' \
 		'fails ENOSPC write 68k 512 B' 'check 0 64k A' 'check 64k end .'
 	status_is test-cow health=full used=16 refused=2
+	wait_until 10 events_are 1
 	io /dev/mapper/test-cow 'write 0 64k C' 'discard 0 4k' 'write 64k 4k B' 'check 0 4k 0' \
 		'check 4k 60k C' 'check 64k 4k B' 'fails ENOSPC write 0 4k B' 'check 0 4k 0'
 	mount -o remount,size=128k "$work/tmpfs"
@@ -256,6 +266,7 @@ run_tests \
 	heals 'discard, a higher limit and reset heal it' \
 	reset_frees 'a reset gives all memory back' \
 	total_limit 'the limit over all overlays' \
+	total_limit_default 'by default all overlays share half of the memory' \
 	total_limit_grammar 'the grammar of total_limit' \
 	events_at_80_and_100_percent 'events at 80 % and 100 %' \
 	no_event_below_80_percent 'no event below 80 %' \
