@@ -193,6 +193,7 @@ bad_tables()
 	fails dmsetup message test-view 0 extents 0
 	fails dmsetup message test-view 0 reset
 	fails dmsetup message test-view 0 extents $((SECTORS / 8)) 1
+	fails dd if=/dev/zero of=$VIEW bs=4k count=1 oflag=direct conv=notrunc
 	dmsetup wipe_table test-view
 	# what is longer than the device is its map only
 	reload test-cow $((SECTORS - 8)) /dev/ram0
@@ -201,7 +202,6 @@ bad_tables()
 	dmsetup resume test-view2
 	io /dev/mapper/test-view2 'check 0 100M .' 'check 100M end 0'
 	reload test-cow $SECTORS /dev/ram0
-	fails dd if=/dev/zero of=$VIEW bs=4k count=1 oflag=direct conv=notrunc
 }
 
 # It looks at what is stored, and not at each block.
