@@ -118,17 +118,22 @@ disturb()
 # Each request of io_uring comes with REQ_NOWAIT first; some are refused.
 io_uring()
 {
+	local disturber
+
 	need fio
 	make_brd 32768
 	make_cow test-cow 65536 "$REPLY"
 	: >"$work/busy"
-	disturb "$work/busy" >/dev/null &
-	undo wait_until 20 test ! -d "/proc/$!"
+	disturb "$work/busy" &
+	disturber=$!
+	undo wait_until 20 test ! -d "/proc/$disturber"
 	undo rm -f "$work/busy"
 	fio --name=mixed --filename=$COW --direct=1 --ioengine=io_uring --iodepth=16 \
 		--rw=randrw --rwmixread=30 --bssplit=512/20:1536/20:4k/20:20k/20:68k/20 \
 		--blockalign=512 --size=12M --verify=crc32c --verify_fatal=1 --verify_backlog=64 \
 		--randseed=7 --aux-path="$work" --output-format=terse
+	rm "$work/busy"
+	wait $disturber
 	status_is test-cow health=ok refused=0 errors=0
 }
 
