@@ -355,7 +355,7 @@ hooks()
 {
 	two_copies
 	# shellcheck disable=SC2016 # the hook's own
-	is 'the environment' "$(cowctl wait test-c1 timeout=9 threshold=80% -- \
+	is 'the environment' "$(cowctl wait test-c1 timeout=60 threshold=80% -- \
 		bash -c 'echo "$COWCTL_NAME $COWCTL_USED $COWCTL_LIMIT $1"' x '*' &
 		io /dev/mapper/test-c1 'write 0 208k A'
 		wait)" 'test-c1 212992 262144 *'
