@@ -379,6 +379,7 @@ hooks()
 reports()
 {
 	local -a made
+	local server
 
 	need nbdkit sfdisk python3 qemu-img qemu-nbd
 	python3 -c 'import jsonschema' || skip 'needs python3-jsonschema'
@@ -393,6 +394,13 @@ reports()
 	cowctl changes test-c1 --json >"$work/changes.json"
 	cowctl wait test-c1 threshold=4K --json >"$work/wait.json"
 	cowctl unexport test-c1
+	cowctl serve test-c3 base="$REPLY" --json >"$work/serve.json" &
+	server=$!
+	undo kill $server
+	wait_until 20 grep -q '}' "$work/serve.json"
+	kill $server
+	wait $server
+	unset 'undo_list[-1]'
 	cowctl prefetch test-c1 --json >"$work/prefetch.json"
 	cowctl top count=2 delay=0.1 --json >"$work/top.json"
 	cowctl status test-c1 --watch count=1 --json >>"$work/top.json"
@@ -405,7 +413,7 @@ reports()
 	cp --sparse=always "$REPLY" "$work/a.img"
 	cowctl commit test-c1 to="$work/a.img" --json >"$work/commit.json"
 	made=("$work"/*.json)
-	is 'the number of reports' ${#made[@]} 13
+	is 'the number of reports' ${#made[@]} 14
 	python3 - "$schema" "${made[@]}" <<-'END'
 		import json, os, sys, jsonschema
 		schema = json.load(open(sys.argv[1]))

@@ -15,7 +15,7 @@ serve()
 	local end=$((SECONDS + 60))
 
 	rm -f "$work/served" "$work/errors"
-	env --default-signal=INT cowctl serve test-cow "$@" >"$work/served" 2>"$work/errors" &
+	env --default-signal=INT,HUP cowctl serve test-cow "$@" >"$work/served" 2>"$work/errors" &
 	server=$!
 	undo stop_server "$server"
 	undo rm -f "$work/served" "$work/errors"
@@ -450,7 +450,7 @@ tcp()
 	undo rm -f "$work/out"
 	nbdcopy nbd://127.0.0.1:10998 "$work/out"
 	cmp "$work/out" "$base"
-	stops TERM
+	stops HUP
 }
 
 # Ctrl-C reaches nbdkit, too, here one that does not get as far as to listen, and first.
