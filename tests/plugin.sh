@@ -31,6 +31,12 @@ cached()
 	dmsetup status test-cow | awk '{ print $11 + 0 }'
 }
 
+# has_cached BLOCKS: or more; nothing says how far ahead it reads
+has_cached()
+{
+	[ "$(cached)" -ge "$1" ]
+}
+
 abilities()
 {
 	begin_export 4096
@@ -331,14 +337,17 @@ servers()
 {
 	local cowctl plugins
 
-	need nbdkit
+	need nbdkit nbdsh
 	begin make_brd 1024
-	cowctl create test-cow base="$REPLY"
+	cowctl create test-cow base="$REPLY" cow-on-cache=true
 	cowctl export test-cow
 	is 'the server' "$(member export.server test-cow)" nbdcow
 	cowctl unexport test-cow
 	cowctl export test-cow server=nbdkit
 	is 'the server' "$(member export.server test-cow)" nbdkit
+	# what is to be cached is read ahead
+	nbdsh -u "nbd+unix:///?socket=$run_dir/test-cow.sock" -c 'h.cache(65536, 131072)'
+	wait_until 10 has_cached 16
 	cowctl unexport test-cow
 	plugins=$(pkg-config nbdkit --variable=plugindir)
 	[ ! -e "$plugins/nbdkit-nbdcow-plugin.so" ] ||
