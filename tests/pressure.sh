@@ -186,12 +186,15 @@ kept_meanwhile()
 	io $COW 'is 0 BAAAAAAA' 'is 2M BAAAAAAA'
 }
 
-# Reclaim takes from the cache and from the overlay all the while.
+# Reclaim takes from the cache and from the overlay all the while, and much of the
+# overlay is swapped out before that.
 cached()
 {
-	local squeezer
+	local squeezer out
 
 	make_swapped 16384
+	make_pusher $((4 << 20))
+	out=$(counted /proc/vmstat pswpout)
 	dmsetup message test-cow 0 cow_on_read on
 	# without a word in the log from here on
 	echo 4 >/proc/sys/vm/drop_caches
@@ -202,7 +205,9 @@ cached()
 	done 2>/dev/null &
 	squeezer=$!
 	undo kill $squeezer
-	io $COW 'model 16M' 'random 11 600' verify 'message test-cow reset' 'check 0 end .'
+	io $COW 'model 16M' 'write 0 8M A' "run $work/push" 'random 11 600' verify \
+		'message test-cow reset' 'check 0 end .'
+	between 'pages swapped out' $(($(counted /proc/vmstat pswpout) - out)) 1000 1000000
 	wait_until 10 cache_has_lost
 }
 
