@@ -319,6 +319,7 @@ holes()
 	begin make_file sparse.img 102400M
 	printf x | dd of="$work/sparse.img" bs=1M seek=2 conv=notrunc status=none
 	dd if=/dev/urandom of="$work/sparse.img" bs=1M seek=50000 count=4 conv=notrunc status=none
+	guard_sparse "$work/sparse.img"
 	undo rm -f "$work/socket"
 	start_nbdkit "$work/socket" file "$work/sparse.img"
 	uri="nbd+unix:///?socket=$work/socket"

@@ -148,6 +148,13 @@ make_image_content()
 	loop=$(losetup -f --show "$work/disk.img")
 	io "$loop" 'write 0 end .'
 	losetup -d "$loop"
+	image_sum=$(sha256sum <"$work/disk.img")
+	undo image_is_unchanged
+}
+
+image_is_unchanged()
+{
+	is 'the checksum of the image' "$(sha256sum <"$work/disk.img")" "$image_sum"
 }
 
 # $device, $image, $uri and $tcp: bases, of which all but the first take steps before

@@ -143,6 +143,7 @@ sparse_copy()
 	begin make_file sparse.img 102400M
 	dd if=/dev/urandom of="$work/sparse.img" bs=1M seek=50000 count="$mib" conv=notrunc \
 		status=none
+	guard_sparse "$work/sparse.img"
 	undo rm -f "$work"/{socket,socket.pid,out}
 	start_nbdkit "$work/socket" file "$work/sparse.img"
 	undo sweep

@@ -371,6 +371,7 @@ holes()
 	need nbdkit nbd-client nbdinfo
 	begin_serve make_file sparse.img 1G
 	printf x | dd of="$work/sparse.img" bs=1M seek=2 conv=notrunc status=none
+	guard_sparse "$work/sparse.img"
 	undo rm -f "$work"/{nbd,nbd.pid}
 	start_nbdkit "$work/nbd" file "$work/sparse.img"
 	serve base="nbd+unix:///?socket=$work/nbd" per-client=true
