@@ -384,6 +384,23 @@ status_is()
 	done
 }
 
+# soon COMMAND: one of io works on $COW with RWF_NOWAIT, though not necessarily at
+# once. A device that does not claim it answers EOPNOTSUPP, and one that never dares
+# anything EAGAIN for ever.
+soon()
+{
+	local tries said
+
+	for ((tries = 0; tries < 100; tries++)); do
+		if said=$(io "$COW" "nowait $1"); then
+			return 0
+		fi
+		[[ $said == *'Resource temporarily unavailable' ]] || break
+		sleep 0.05
+	done
+	fail "nowait $1: $said"
+}
+
 #
 # Overlays that are swapped out
 #

@@ -143,7 +143,6 @@ huge()
 	between 'metadata in bytes' "$(field test-cow metadata)" 0 "$before"
 }
 
-# Past the end of the base there is nothing to remember either.
 limits_are_told()
 {
 	local queue

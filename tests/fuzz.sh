@@ -60,12 +60,6 @@ threads()
 	play $((seconds / 2)) --threads 4
 }
 
-# Pages since the kernel booted.
-swapped_in()
-{
-	sed -n 's/^pswpin //p' /proc/vmstat
-}
-
 # On a tmpfs that is full soon, with huge pages where the kernel has them, and
 # swapped out all the time.
 swapped()
@@ -77,7 +71,7 @@ swapped()
 	mount -t tmpfs -o size=12m,huge=always none "$work/tmpfs" ||
 		mount -t tmpfs -o size=8m none "$work/tmpfs"
 	undo umount "$work/tmpfs"
-	before=$(swapped_in)
+	before=$(counted /proc/vmstat pswpin)
 	# a slow machine may come no further than to a round that swaps nothing
 	for ((i = 0; i < 5; i++)); do
 		# only in a subshell can it be joined
@@ -85,7 +79,7 @@ swapped()
 			echo $BASHPID >$SWAPPED/cgroup.procs
 			play $((seconds / 4)) --tmpfs "$work/tmpfs" --cgroup $SWAPPED
 		)
-		[ "$(swapped_in)" = "$before" ] || return 0
+		[ "$(counted /proc/vmstat pswpin)" = "$before" ] || return 0
 	done
 	fail 'nothing was swapped'
 }

@@ -87,7 +87,6 @@ static void usage(void)
 	     "                              for all of them; may follow `fails ERRNO`\n"
 	     "bg COMMAND                    runs it in a thread; `join` waits for all\n"
 	     "pending N                     N requests and threads have not ended\n"
-	     "left N                        waits until only N of them have not ended\n"
 	     "asleep FUNCTION               waits until a thread sleeps there in the kernel\n"
 	     "create NAME SECTORS TARGET .. makes a device-mapper device; views are read-only\n"
 	     "remove NAME | absent NAME     takes it away; if there is one\n"
@@ -982,23 +981,6 @@ static void do_pending(unsigned int want)
 		die("%u commands have not ended, expected %u", n, want);
 }
 
-static void do_left(unsigned int want)
-{
-	uint64_t end = now_ms() + DEADLINE * 1000;
-	unsigned int n;
-
-	for (;;) {
-		n = unfinished();
-		if (n <= want)
-			break;
-		if (now_ms() > end)
-			die("%u commands have not ended after %u s", n, DEADLINE);
-		nap();
-	}
-	if (n != want)
-		die("%u commands have not ended, expected %u", n, want);
-}
-
 /*
  * Whether a thread of ours sleeps in a kernel function whose name contains
  * @where. User-Mode Linux would not know it from wchan.
@@ -1478,8 +1460,6 @@ static int execute(char *text, int *want)
 		ret = dm_resume(words[first + 1]);
 	else if (!strcmp(words[first], "reap"))
 		do_reap();
-	else if (!strcmp(words[first], "left") && count == 2)
-		do_left(atoi(words[first + 1]));
 	else if (!strcmp(words[first], "asleep") && count == 2)
 		do_asleep(words[first + 1]);
 	else if (!strcmp(words[first], "held") && count == 3)

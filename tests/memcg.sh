@@ -29,14 +29,6 @@ fixture()
 	guard "$base" 'write 0 4M .' 'write 1G 2M .' 'write 2G 2M .'
 }
 
-# within CGROUP COMMAND...
-within()
-(
-	echo $BASHPID >"$CGROUPS/$1/cgroup.procs"
-	shift
-	exec "$@"
-)
-
 # make_cow_in CGROUP SECTORS BASE: the cgroup's limit is on from then on, and
 # somebody lives in it
 make_cow_in()
@@ -48,7 +40,7 @@ make_cow_in()
 	undo end_bystander
 	echo $bystander >"$CGROUPS/$1/cgroup.procs"
 	killed="$(event test-a oom_kill) $(event test-b oom_kill)"
-	within "$1" dmsetup create test-cow --table "0 $2 nbdcow $3"
+	within_cgroup "$CGROUPS/$1" dmsetup create test-cow --table "0 $2 nbdcow $3"
 	undo dmsetup remove --retry test-cow
 	echo $MAX >$CGROUPS/test-a/memory.max
 }
@@ -96,14 +88,14 @@ charged_to_the_creator()
 	for ((i = 0; i < 256; i++)); do
 		partial+=("write $((i * 8 + 1))s 1s A")
 	done
-	within test-b io $COW 'write 4M 8M A' "${partial[@]}" 'write 9G 1M B'
-	within test-b io -b $COW 'write 12M 2M B' 'flush' 'drop'
+	within_cgroup $CGROUPS/test-b io $COW 'write 4M 8M A' "${partial[@]}" 'write 9G 1M B'
+	within_cgroup $CGROUPS/test-b io -b $COW 'write 12M 2M B' 'flush' 'drop'
 	status_is test-cow used=$((2048 + 256 + 256 + 512))
 	# the kernel's numbers are a few seconds old
 	wait_until 10 shmem_within test-a 12000 12800
 	wait_until 10 shmem_within test-b 0 128
 	# and when it is taken back
-	within test-b io $COW 'discard 0 8G'
+	within_cgroup $CGROUPS/test-b io $COW 'discard 0 8G'
 	wait_until 10 shmem_within test-a 768 1280
 	nobody_was_killed
 }
@@ -112,10 +104,11 @@ charged_to_the_creator()
 fill()
 {
 	make_cow_in test-a "$1" "$2"
-	within test-b io $COW 'write 4M 12M A'
+	within_cgroup $CGROUPS/test-b io $COW 'write 4M 12M A'
 	is 'refused' "$(field test-cow refused)" 0
 	# in small requests, since each block of one waits for memory
-	fails within test-b dd if=/dev/zero of=$COW bs=8k seek=2048 count=4096 oflag=direct
+	fails within_cgroup $CGROUPS/test-b \
+		dd if=/dev/zero of=$COW bs=8k seek=2048 count=4096 oflag=direct
 	between 'memory of test-a' "$(<$CGROUPS/test-a/memory.current)" $((MAX - MIB / 2)) $MAX
 	[ "$(field test-cow refused)" -gt 0 ] || fail 'nothing was refused'
 	between 'used blocks' "$(field test-cow used)" 3072 6143
@@ -129,8 +122,9 @@ full()
 
 	fill 33554432 "$base"
 	used=$(field test-cow used)
-	within test-b io $COW 'fails ENOMEM write 8G 4k C' 'fails ENOMEM write 513s 1s C' \
-		'check 8G 8k 0' 'check 0 4M .' 'check 4M 12M A' 'write 4M 1M C' 'write 5M 512 C' \
+	within_cgroup $CGROUPS/test-b io $COW 'fails ENOMEM write 8G 4k C' \
+		'fails ENOMEM write 513s 1s C' 'check 8G 8k 0' 'check 0 4M .' \
+		'check 4M 12M A' 'write 4M 1M C' 'write 5M 512 C' \
 		'check 4M 1M C' 'is 5M CAAAAAAA' 'check 6M 10M A'
 	status_is test-cow health=full used="$used"
 	nobody_was_killed
@@ -142,15 +136,16 @@ full()
 	done
 	check=('check 1G 2M .' 'discard 1025M 512k' 'zeroout 2G 1M' 'check 1G 1M .'
 		'check 1025M 512k 0' 'check 1050112k 512k .' 'check 2G 1M 0' 'check 2049M 1M .')
-	within test-b io $COW "${clear[@]}" "${check[@]}"
+	within_cgroup $CGROUPS/test-b io $COW "${clear[@]}" "${check[@]}"
 	status_is test-cow used="$used" zeroed=$((256 * 256 + 128 + 256))
 	nobody_was_killed
 
 	# it heals
-	within test-b io $COW 'discard 4M 2M' 'write 8G 1M C' 'check 8G 1M C' 'check 6M 10M A'
+	within_cgroup $CGROUPS/test-b io $COW 'discard 4M 2M' 'write 8G 1M C' 'check 8G 1M C' \
+		'check 6M 10M A'
 	status_is test-cow health=ok
 	echo $((2 * MAX)) >$CGROUPS/test-a/memory.max
-	within test-b io $COW 'write 10G 12M C' 'check 10G 12M C' 'check 6M 10M A'
+	within_cgroup $CGROUPS/test-b io $COW 'write 10G 12M C' 'check 10G 12M C' 'check 6M 10M A'
 	nobody_was_killed
 }
 
@@ -163,10 +158,10 @@ reset_when_full()
 	fill $((1 << 35)) /dev/mapper/test-zero
 	dmsetup message test-cow 0 reset || :
 	nobody_was_killed
-	within test-b io $COW 'discard 0 end'
+	within_cgroup $CGROUPS/test-b io $COW 'discard 0 end'
 	dmsetup message test-cow 0 reset
 	status_is test-cow used=0 zeroed=0 health=ok
-	within test-b io $COW 'write 4M 12M A' 'check 4M 12M A'
+	within_cgroup $CGROUPS/test-b io $COW 'write 4M 12M A' 'check 4M 12M A'
 	nobody_was_killed
 }
 
@@ -185,7 +180,7 @@ removal()
 	wait_until 10 less_than $MIB
 	before=$(<$CGROUPS/test-a/memory.current)
 	make_cow_in test-a 33554432 "$base"
-	within test-b io $COW 'write 4M 16M A' 'discard 1G 1M' 'write 3G 4k A'
+	within_cgroup $CGROUPS/test-b io $COW 'write 4M 16M A' 'discard 1G 1M' 'write 3G 4k A'
 	[ "$(<$CGROUPS/test-a/memory.current)" -ge $((before + 16 * MIB)) ] ||
 		fail 'the memory was not charged'
 	dmsetup remove --retry test-cow

@@ -8,23 +8,6 @@
 
 COW=/dev/mapper/test-cow
 
-# soon COMMAND: one with RWF_NOWAIT works, though not necessarily at once. A
-# device that does not claim it answers EOPNOTSUPP, and one that never dares
-# anything EAGAIN for ever.
-soon()
-{
-	local tries
-
-	for ((tries = 0; tries < 100; tries++)); do
-		if said=$(io $COW "nowait $1"); then
-			return 0
-		fi
-		[[ $said == *'Resource temporarily unavailable' ]] || break
-		sleep 0.05
-	done
-	fail "nowait $1: $said"
-}
-
 states()
 {
 	make_brd 1024

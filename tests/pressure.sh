@@ -8,16 +8,6 @@
 
 COW=/dev/mapper/test-cow
 
-# A line of /proc/vmstat.
-vmstat()
-{
-	local name value
-
-	while read -r name value; do
-		[ "$name" != "$1" ] || echo "$value"
-	done </proc/vmstat
-}
-
 # make_swapped KIB [SWAP-KIB]: one on a base of that size
 make_swapped()
 {
@@ -65,30 +55,16 @@ random_io()
 
 	make_swapped 32768
 	make_pusher $((4 << 20))
-	out=$(vmstat pswpout)
-	in=$(vmstat pswpin)
+	out=$(counted /proc/vmstat pswpout)
+	in=$(counted /proc/vmstat pswpin)
 	io $COW 'model 32M' 'write 0 16M A' "run $work/push" 'write 16M 16M B' "run $work/push" \
 		'random 1 250' "run $work/push" verify "run $work/push" 'random 2 250' verify
-	between 'pages swapped out' $(($(vmstat pswpout) - out)) 7000 1000000
-	between 'pages swapped in' $(($(vmstat pswpin) - in)) 4096 1000000
+	between 'pages swapped out' $(($(counted /proc/vmstat pswpout) - out)) 7000 1000000
+	between 'pages swapped in' $(($(counted /proc/vmstat pswpin) - in)) 4096 1000000
 	status_is test-cow refused=0 errors=0
 	io $COW 'discard 0 end' 'check 0 end 0'
 	status_is test-cow used=0
 	wait_until 10 swapped_within 0 1024
-}
-
-# soon COMMAND: works with RWF_NOWAIT, though not necessarily at once
-soon()
-{
-	local tries
-
-	for ((tries = 0; tries < 100; tries++)); do
-		if io $COW "nowait $1"; then
-			return 0
-		fi
-		sleep 0.05
-	done
-	fail "nowait $1"
 }
 
 # All of the overlay is swapped out before each use.
@@ -276,12 +252,12 @@ filesystem()
 	undo rmdir "$work/mnt"
 	mount -t ext4 $COW "$work/mnt"
 	undo umount "$work/mnt"
-	out=$(vmstat pswpout)
+	out=$(counted /proc/vmstat pswpout)
 	seq "${numbers[@]}" >"$work/mnt/numbers"
 	sync -f "$work/mnt"
 	[ $(($(field test-cow used) * 4)) -gt "$memory" ] ||
 		fail 'the overlay was not bigger than the memory'
-	between 'pages swapped out' $(($(vmstat pswpout) - out)) 4096 10000000
+	between 'pages swapped out' $(($(counted /proc/vmstat pswpout) - out)) 4096 10000000
 	echo 1 >/proc/sys/vm/drop_caches
 	seq "${numbers[@]}" | cmp - "$work/mnt/numbers"
 	umount "$work/mnt"
