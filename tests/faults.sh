@@ -74,6 +74,12 @@ step()
 	io $COW 'before message test-cow reset' 'before model 2M' "$@"
 }
 
+# Without that, no request of the base has failed.
+base_has_failed()
+{
+	between 'errors of the base' "$(field test-cow errors)" 1 1000000
+}
+
 whole_write()
 {
 	step 'after status test-cow used=1 zeroed=0' 'faults write 4k 4k A'
@@ -82,6 +88,7 @@ whole_write()
 partial_write()
 {
 	step 'after status test-cow used=1 zeroed=0' 'faults write 9s 1s A'
+	base_has_failed
 }
 
 many_blocks()
@@ -142,6 +149,7 @@ reading()
 {
 	step 'before write 64k 64k B' 'before discard 96k 8k' 'faults check 48k 16k .' \
 		'before message test-cow reset' 'before write 64k 64k B' 'faults check 64k 64k B'
+	base_has_failed
 }
 
 reset()
