@@ -16,13 +16,14 @@ calls=(ioctl mkdir openat mknodat rename unlink clone poll wait4 pidfd_send_sign
 questions='DM_VERSION|DM_LIST_VERSIONS|DM_LIST_DEVICES|DM_DEV_STATUS|DM_TABLE_STATUS'
 questions+='|BLKGETSIZE64|TCGETS|EEXIST|ENOENT|ESRCH|O_RDONLY|O_RDWR[)]|O_RDWR[|]O_CLOEXEC[)]'
 
-# strace takes its time in an emulated machine.
+# strace takes its time in an emulated machine. STEPS_OFFSET=N repeats a run.
 every=${EVERY_STEP:-6}
+offset=${STEPS_OFFSET:-$((RANDOM % every))}
 
 # list_steps COMMAND...: runs it and leaves its steps in $steps, as CALL=NUMBER.
 list_steps()
 {
-	local i
+	local i first
 
 	strace -qq -o "$work/trace" -e "trace=$(IFS=,; echo "${calls[*]}")" "$@"
 	mapfile -t steps < <(awk -F '(' -v questions="$questions" '/^[a-z0-9_]+\(/ {
@@ -30,10 +31,12 @@ list_steps()
 		if ($0 !~ questions)
 			print $1 "=" count[$1]
 	}' "$work/trace")
-	echo "${#steps[@]} steps of $*: ${steps[*]}"
+	echo "${#steps[@]} steps of $*, with STEPS_OFFSET=$offset: ${steps[*]}"
 	between 'the number of steps' ${#steps[@]} 1 100
+	# at least one, however few there are
+	first=$((offset % ${#steps[@]}))
 	for i in "${!steps[@]}"; do
-		[ $((i % every)) = 0 ] || unset "steps[i]"
+		[ $(((i - first) % every)) = 0 ] || unset "steps[i]"
 	done
 }
 
@@ -54,7 +57,7 @@ at()
 # WHAT happening at each of its steps; these functions prepare it and look at the end.
 disturb()
 {
-	local what=$1 before=$2 after=$3 step rc=0
+	local what=$1 before=$2 after=$3 step rc=0 killed=0 sure=0
 
 	shift 3
 	$before
@@ -63,8 +66,12 @@ disturb()
 	for step in "${steps[@]}"; do
 		$before
 		at "$step" "$what" "$@"
+		[ "$rc" != 137 ] || killed=$((killed + 1))
+		# how often it waits, and what it looks at, may differ
+		[[ $step = @(poll|wait4|openat)=* ]] || sure=1
 		$after "$@"
 	done
+	[ "$what" != signal=SIGKILL ] || between 'how often it was killed' $killed $sure 100
 }
 
 # after_kill STATUS COMMAND...: it was killed, if it had that step; it works when given
