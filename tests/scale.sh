@@ -28,13 +28,14 @@ numbers()
 	echo "Shmem $(meminfo Shmem)"
 }
 
-# grown BEFORE AFTER: what there is more of, and by more than chance: each CPU's slab
-# counts as a whole, 42 objects of 96 bytes. Not looked at are
-# the memory of processes, which come and go; vmalloc areas, whose end the kernel puts
-# off; and what kernels that look for faults note of others.
+# grown BEFORE AFTER: what there is more of, and by more than chance: the slabs that the
+# CPUs work with count as full, up to 85 objects each, and the rest of the system comes
+# and goes. Whatever each device loses is lost as often as there are devices. Not looked
+# at are the memory of processes; vmalloc areas, whose end the kernel puts off; and what
+# kernels that look for faults note of others.
 grown()
 {
-	awk '
+	awk -v devices="$devices" '
 		BEGIN {
 			most["Percpu"] = 256; most["VmallocUsed"] = 1024; most["Shmem"] = 64
 		}
@@ -42,7 +43,7 @@ grown()
 		$1 ~ /^(anon_vma|anon_vma_chain|vm_area_struct|vmap_area|debug_objects_cache|kmemleak_.*)$/ {
 			next
 		}
-		$2 - before[$1] > ($1 in most ? most[$1] : 64) {
+		$2 - before[$1] > ($1 in most ? most[$1] : devices * 3 / 4) {
 			print $1, before[$1], $2
 		}' "$1" "$2"
 }
