@@ -95,6 +95,10 @@
  *  - it is discarded and installed anew: the page may be the new one, not yet
  *    filled, but it entered the file only after the discard had changed the
  *    state. OVERLAY at the look then means that it is filled.
+ *  - another block of a large page is discarded, and all of the page goes, and
+ *    this block is installed for the first time: the page that was found never had
+ *    it. So a reader looks last whether the page is still the file's; a rewrite has
+ *    seen that under the page lock.
  *  - the overlay is reset: page and state come from one layer, under RCU.
  *    Nothing is installed in a layer that has been replaced, and its pages are
  *    freed only after a grace period.

@@ -12,6 +12,7 @@
 #include <linux/fs.h>
 #include <linux/kref.h>
 #include <linux/mempool.h>
+#include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/rwsem.h>
 #include <linux/workqueue.h>
@@ -179,6 +180,12 @@ enum nbdcow_context {
 	NBDCOW_MAP,		/* locks and easy memory: else -EINPROGRESS */
 	NBDCOW_WORK,		/* swap I/O and memory as well */
 };
+
+/* Is a page that was found still the file's? */
+static inline bool nbdcow_store_has(struct file *file, struct page *page)
+{
+	return READ_ONCE(page_folio(page)->mapping) == file->f_mapping;
+}
 
 /* Some or all bytes of one block, on their way between a bio and the overlay. */
 struct nbdcow_piece {

@@ -311,11 +311,12 @@ static bool is_viewed(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	return needed;
 }
 
-/* Read a block from the page that was found for it, if it is stored. */
+/* Read a block from the page that was found for it, if it is stored, and there. */
 static bool read_found(struct nbdcow_layer *layer, struct nbdcow_piece *piece,
 		       struct page *page)
 {
-	if (nbdcow_map_state(layer->map, piece->block) != NBDCOW_OVERLAY)
+	if (nbdcow_map_state(layer->map, piece->block) != NBDCOW_OVERLAY ||
+	    !nbdcow_store_has(layer->file, page))
 		return false;
 	nbdcow_copy_from_page(piece, page);
 	return true;

@@ -212,8 +212,7 @@ bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait)
 		lock_page(page);
 	else if (!trylock_page(page))
 		return false;
-	if (likely(page_folio(page)->mapping == file->f_mapping &&
-		   PageUptodate(page)))
+	if (likely(nbdcow_store_has(file, page) && PageUptodate(page)))
 		return true;
 	unlock_page(page);
 	return false;
