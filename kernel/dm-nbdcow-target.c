@@ -98,7 +98,8 @@
  *  - another block of a large page is discarded, and all of the page goes, and
  *    this block is installed for the first time: the page that was found never had
  *    it. So a reader looks last whether the page is still the file's; a rewrite has
- *    seen that under the page lock.
+ *    seen that under the page lock. Thus a large page needs to be looked up only
+ *    once for all blocks of a request that are in it.
  *  - the overlay is reset: page and state come from one layer, under RCU.
  *    Nothing is installed in a layer that has been replaced, and its pages are
  *    freed only after a grace period.

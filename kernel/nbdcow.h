@@ -181,6 +181,28 @@ enum nbdcow_context {
 	NBDCOW_WORK,		/* swap I/O and memory as well */
 };
 
+/* From one stored block of a file to the next. */
+struct nbdcow_walk {
+	struct xa_state xas;
+	struct folio *large;	/* the one it stands in, with a reference, or NULL */
+	pgoff_t large_index;	/* of its first page */
+};
+
+static inline void nbdcow_store_walk_begin(struct nbdcow_walk *walk,
+					   struct file *file)
+{
+	walk->xas = (struct xa_state)__XA_STATE(&file->f_mapping->i_pages, 0, 0, 0);
+	walk->large = NULL;
+}
+
+static inline void nbdcow_store_walk_end(struct nbdcow_walk *walk)
+{
+	if (unlikely(walk->large)) {
+		folio_put(walk->large);
+		walk->large = NULL;
+	}
+}
+
 /* Is a page that was found still the file's? */
 static inline bool nbdcow_store_has(struct file *file, struct page *page)
 {
@@ -264,7 +286,7 @@ struct file *nbdcow_store_create(const char *dir, char **error);
 struct file *nbdcow_store_another(struct file *file);
 void nbdcow_store_destroy(struct file *file);
 struct page *nbdcow_store_find(struct file *file, u64 block);
-struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file,
+struct page *nbdcow_store_walk(struct nbdcow_walk *walk, struct file *file,
 			       u64 block);
 bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);
 gfp_t nbdcow_gfp(enum nbdcow_context context);

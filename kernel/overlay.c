@@ -361,15 +361,15 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 	bool write = op_is_write(bio_op(piece->bio)), ok;
 	struct nbdcow_layer *layer;
 	unsigned int left = bytes;
+	struct nbdcow_walk walk;
 	struct page *page;
-	XA_STATE(xas, NULL, 0);
 
 	rcu_read_lock();
 	layer = rcu_dereference(ov->layer);
-	xas.xa = &layer->file->f_mapping->i_pages;
+	nbdcow_store_walk_begin(&walk, layer->file);
 	while (left) {
 		piece->bytes = min(NBDCOW_BLOCK_BYTES - piece->offset, left);
-		page = nbdcow_store_walk(&xas, layer->file, piece->block);
+		page = nbdcow_store_walk(&walk, layer->file, piece->block);
 		if (!page)
 			break;
 		ok = write ? rewrite_found(ov, layer, piece, page) :
@@ -381,6 +381,7 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 		piece->block++;
 		piece->offset = 0;
 	}
+	nbdcow_store_walk_end(&walk);
 	rcu_read_unlock();
 	return bytes - left;
 }

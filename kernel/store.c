@@ -125,16 +125,17 @@ void nbdcow_store_destroy(struct file *file)
 }
 
 /* A page that is being migrated to is there before its content. */
-static struct page *usable_page(struct folio *folio, pgoff_t index)
+static inline struct page *if_usable(struct folio *folio, struct page *page)
 {
-	struct page *page = &folio->page;
-
-	if (unlikely(folio_test_large(folio)))
-		page = folio_file_page(folio, index);
 	if (likely(folio_test_uptodate(folio) && !PageHWPoison(page)))
 		return page;
 	folio_put(folio);
 	return NULL;	/* nbdcow_store_get_locked() will wait, or say -EIO */
+}
+
+static struct page *usable_page(struct folio *folio, pgoff_t index)
+{
+	return if_usable(folio, folio_file_page(folio, index));
 }
 
 /**
@@ -157,20 +158,48 @@ struct page *nbdcow_store_find(struct file *file, u64 block)
 	return IS_ERR(folio) ? NULL : usable_page(folio, index);
 }
 
+static noinline void enter_large(struct nbdcow_walk *walk, struct folio *folio,
+				 pgoff_t index)
+{
+	folio_get(folio);
+	walk->large = folio;
+	walk->large_index = round_down(index, folio_nr_pages(folio));
+	/* It stands at the first page, not at ours. */
+	xas_reset(&walk->xas);
+}
+
+/* Takes a reference for a page in it, or lets go of it. */
+static noinline bool stands_in_large(struct nbdcow_walk *walk, pgoff_t index)
+{
+	if (index - walk->large_index >= folio_nr_pages(walk->large)) {
+		nbdcow_store_walk_end(walk);
+		return false;
+	}
+	folio_get(walk->large);
+	return true;
+}
+
 /**
  * nbdcow_store_walk() - nbdcow_store_find() for one block after the other
- * @xas: where the walk is
- * @file: the file whose pages @xas walks over
+ * @walk: where it is, from nbdcow_store_walk_begin()
+ * @file: the file it is over
  * @block: the block, best the one after that of the call before
  *
- * Context: under rcu_read_lock() from the first call to the last.
+ * What is found may be as old as the walk, not only as the call: a large page is
+ * looked up once.
+ *
+ * Context: under rcu_read_lock() from the first call to nbdcow_store_walk_end().
  * Return: as nbdcow_store_find().
  */
-struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file, u64 block)
+struct page *nbdcow_store_walk(struct nbdcow_walk *walk, struct file *file,
+			       u64 block)
 {
+	struct xa_state *xas = &walk->xas;
 	pgoff_t index = block_index(block);
 	struct folio *folio;
 
+	if (unlikely(walk->large) && stands_in_large(walk, index))
+		return usable_page(walk->large, index);
 	if (index != xas->xa_index + 1 || xas->xa_node == XAS_RESTART) {
 		xas_set(xas, index);
 		folio = xas_load(xas);
@@ -189,10 +218,11 @@ struct page *nbdcow_store_walk(struct xa_state *xas, struct file *file, u64 bloc
 		xas_reset(xas);
 		return nbdcow_store_find(file, block);
 	}
-	/* The walk stands at its first page, not at ours. */
-	if (unlikely(folio_test_large(folio)))
-		xas_reset(xas);
-	return usable_page(folio, index);
+	if (unlikely(folio_test_large(folio))) {
+		enter_large(walk, folio, index);
+		return usable_page(folio, index);
+	}
+	return if_usable(folio, &folio->page);
 }
 
 /**
@@ -343,8 +373,11 @@ void nbdcow_store_filled(struct page *page, u64 block)
 	if (!folio_test_uptodate(folio)) {
 		start = (folio_page_idx(folio, page) << PAGE_SHIFT) +
 			block_offset(block);
-		folio_zero_segments(folio, 0, start, start + NBDCOW_BLOCK_BYTES,
-				    folio_size(folio));
+		/* Some kernels have done so when they gave it out. */
+		if (!want_init_on_alloc(GFP_NOIO))
+			folio_zero_segments(folio, 0, start,
+					    start + NBDCOW_BLOCK_BYTES,
+					    folio_size(folio));
 		folio_mark_uptodate(folio);
 	}
 	folio_mark_dirty(folio);
