@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
 #include <sys/sysmacros.h>
@@ -40,7 +41,7 @@
 #define MAX_CLIENTS	256		/* unless told otherwise */
 #define MAX_REQUEST	(64 << 20)	/* of nbdkit itself */
 #define SMALL_BYTES	(16 << 10)	/* buffers on the stack */
-#define CHUNK_BYTES	(1024 << 10)	/* buffers that are kept, and one request to a base */
+#define CHUNK_BYTES	(2 << 20)	/* buffers that are kept, of a huge page each */
 #define CHUNKS		16
 #define PREFETCH_POLL	5000000		/* ns */
 
@@ -571,7 +572,13 @@ static void *get_chunk(void)
 	if (chunk_count)
 		chunk = chunks[--chunk_count];
 	pthread_mutex_unlock(&chunk_lock);
-	return chunk ?: aligned_alloc(BLOCK_BYTES, CHUNK_BYTES);
+	if (chunk)
+		return chunk;
+	chunk = aligned_alloc(CHUNK_BYTES, CHUNK_BYTES);
+	/* The kernel need not look up each page of it. */
+	if (chunk)
+		madvise(chunk, CHUNK_BYTES, MADV_HUGEPAGE);
+	return chunk;
 }
 
 static void put_chunk(void *chunk)
