@@ -743,22 +743,37 @@ static void send_again(struct nbdcow_io *io, struct bio *bio,
 	nbdcow_read_base(bio);
 }
 
-/* Read stored blocks, at most *@bytes, which is then how many these were. */
+/* Read stored blocks that are at hand, at most @max bytes; how many it were. */
+static unsigned int copy_stored(struct nbdcow_target *t, struct bio *bio,
+				struct bvec_iter *iter, unsigned int max)
+{
+	struct nbdcow_piece piece;
+	unsigned int bytes;
+
+	nbdcow_piece_init(&piece, t, bio, *iter);
+	bytes = nbdcow_overlay_copy(t->overlay, &piece, max);
+	if (bytes) {
+		count_read(&t->overlay->stats->overlay, bytes >> SECTOR_SHIFT);
+		*iter = piece.iter;
+	}
+	return bytes;
+}
+
+/* Likewise at least one, and wait for it: at most *@bytes, then how many. */
 static int work_read_stored(struct nbdcow_target *t, struct bio *bio,
 			    struct bvec_iter *iter, unsigned int *bytes)
 {
 	struct nbdcow_piece piece;
 	int ret;
 
+	*bytes = copy_stored(t, bio, iter, *bytes);
+	if (*bytes)
+		return 0;
 	nbdcow_piece_init(&piece, t, bio, *iter);
-	*bytes = nbdcow_overlay_copy(t->overlay, &piece, *bytes);
-	if (!*bytes) {
-		ret = nbdcow_overlay_wait(t->overlay, &piece,
-					  nbdcow_overlay_read);
-		if (ret)
-			return ret;
-		*bytes = piece.bytes;
-	}
+	ret = nbdcow_overlay_wait(t->overlay, &piece, nbdcow_overlay_read);
+	if (ret)
+		return ret;
+	*bytes = piece.bytes;
 	count_read(&t->overlay->stats->overlay, *bytes >> SECTOR_SHIFT);
 	*iter = piece.iter;
 	return 0;
@@ -788,6 +803,10 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 			}
 			bytes = min(bytes, io->got);
 			bio_advance_iter(bio, &io->iter, bytes);
+			/* What follows is stored, most likely. */
+			if (io->iter.bi_size)
+				bytes += copy_stored(t, bio, &io->iter,
+						     io->iter.bi_size);
 			break;
 		case NBDCOW_ZERO:
 			bytes <<= SECTOR_SHIFT;
