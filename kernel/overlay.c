@@ -752,14 +752,21 @@ static bool stores_none(const struct nbdcow_map *map, u64 block, u64 end)
  */
 static void punch(struct nbdcow_layer *layer, u64 block, unsigned long count)
 {
+	static const u64 units[] = {
+		PAGE_SIZE / NBDCOW_BLOCK_BYTES, NBDCOW_HUGE_BLOCKS
+	};
 	const struct nbdcow_map *map = layer->map;
-	u64 first = round_down(block, NBDCOW_HUGE_BLOCKS), end = block + count;
-	u64 last = round_up(end, NBDCOW_HUGE_BLOCKS);
+	u64 end = block + count, first, last;
+	int i;
 
-	if (stores_none(map, first, block))
-		block = first;
-	if (stores_none(map, end, min(last, map->nr_blocks)))
-		end = last;
+	for (i = 0; i < ARRAY_SIZE(units); i++) {
+		first = round_down(block, units[i]);
+		last = round_up(end, units[i]);
+		if (stores_none(map, first, block))
+			block = first;
+		if (stores_none(map, end, min(last, map->nr_blocks)))
+			end = last;
+	}
 	nbdcow_store_punch(layer->file, block, end - block);
 }
 
