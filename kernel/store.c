@@ -290,8 +290,9 @@ gfp_t nbdcow_gfp(enum nbdcow_context context)
  * Context: under the block's shard lock, so that nobody removes the page, and
  *	for new blocks under its installer lock; GFP_NOIO.
  * Return: the page, locked and with a reference, or as an ERR_PTR -ENOSPC,
- *	-ENOMEM, -EIO (a broken swap device or memory cell), -EAGAIN in
- *	NBDCOW_NOWAIT, or -EINPROGRESS where only NBDCOW_WORK can go on.
+ *	-ENOMEM, -EIO (a broken swap device or memory cell, or tmpfs has lost
+ *	the page), -EAGAIN in NBDCOW_NOWAIT, or -EINPROGRESS where only
+ *	NBDCOW_WORK can go on.
  */
 struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 				     enum nbdcow_context context, bool stored)
@@ -302,6 +303,7 @@ struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 	pgoff_t index = block_index(block);
 	struct page *page;
 	unsigned int noio;
+	void *trace;
 
 	/* What is stored must come back, also in a memory cgroup that is full. */
 	if (stored)
@@ -310,9 +312,12 @@ struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 	for (;;) {
 		page = nbdcow_store_find(file, block);
 		if (!page) {
-			if (context != NBDCOW_WORK &&
-			    xa_load(&mapping->i_pages, index))
+			trace = xa_load(&mapping->i_pages, index);
+			if (trace && context != NBDCOW_WORK)
 				return ERR_PTR(-EINPROGRESS);
+			/* It is lost; a new page would be zeroes. */
+			if (!trace && stored)
+				return ERR_PTR(-EIO);
 			noio = memalloc_noio_save();
 			page = shmem_read_mapping_page_gfp(mapping, index, gfp);
 			memalloc_noio_restore(noio);
