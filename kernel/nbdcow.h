@@ -236,18 +236,26 @@ struct nbdcow_io {
 /* dm-nbdcow-target.c */
 extern struct workqueue_struct *nbdcow_wq;
 extern struct workqueue_struct *nbdcow_long_wq;
+bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name);
+
+/* io.c */
+int nbdcow_io_init(struct nbdcow_target *t);
+void nbdcow_io_exit(struct nbdcow_target *t);
+int nbdcow_map(struct dm_target *ti, struct bio *bio);
+int nbdcow_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *status);
+void nbdcow_queue_errors(struct nbdcow_target *t, bool on);
+void nbdcow_queue_close(struct nbdcow_target *t);
+void nbdcow_queue_open(struct nbdcow_target *t);
+char nbdcow_extent(struct dm_target *ti, u64 block, u64 max, u64 *run);
 void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
 		       struct bio *bio, struct bvec_iter iter);
 void nbdcow_bio_complete(struct bio *bio, int error);
 int nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
+bool nbdcow_accept_async(struct bio *bio, unsigned int sectors);
+void nbdcow_read_base(struct bio *bio);
 void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status);
 void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
 			blk_status_t status);
-char nbdcow_extent(struct dm_target *ti, u64 block, u64 max, u64 *run);
-void nbdcow_queue_errors(struct nbdcow_target *t, bool on);
-bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name);
-void nbdcow_read_base(struct bio *bio);
-bool nbdcow_accept_async(struct bio *bio, unsigned int sectors);
 
 /* overlay.c */
 extern unsigned long nbdcow_total_limit;
