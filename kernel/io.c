@@ -33,16 +33,20 @@ void nbdcow_bio_complete(struct bio *bio, int error)
  * @t: the target
  * @status: its status
  *
+ * User space is told when the base begins to fail, and when it is back.
+ *
  * Context: any.
  */
 void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status)
 {
-	if (unlikely(status)) {
+	bool failed = READ_ONCE(t->base_failed);
+
+	if (unlikely(status))
 		atomic_long_inc(&t->overlay->base_errors);
-		WRITE_ONCE(t->base_failed, true);
-	} else if (unlikely(READ_ONCE(t->base_failed))) {
-		WRITE_ONCE(t->base_failed, false);
-	}
+	if (likely(failed == !!status))
+		return;
+	WRITE_ONCE(t->base_failed, !failed);
+	nbdcow_overlay_event(t->overlay);
 }
 
 /**

@@ -83,7 +83,7 @@ struct nbdcow_overlay {
 	struct mutex mutex;	/* reset, growth, views, event_ti */
 	struct list_head views;	/* change under mutex and all shards; RCU */
 	struct dm_target *event_ti; /* whose table gets events; under mutex */
-	struct work_struct event_work; /* sends one */
+	struct delayed_work event_work; /* sends one */
 	struct kref kref;	/* one per table and view */
 	unsigned int tables;	/* how many; under overlays_mutex */
 	struct list_head list;	/* those with a table; under overlays_mutex */
@@ -281,6 +281,7 @@ void nbdcow_overlay_set_limit(struct nbdcow_overlay *ov, unsigned long limit);
 void nbdcow_overlay_set_event(struct nbdcow_overlay *ov, struct dm_target *ti,
 			      bool on);
 enum nbdcow_level nbdcow_overlay_level(struct nbdcow_overlay *ov);
+void nbdcow_overlay_event(struct nbdcow_overlay *ov);
 
 struct nbdcow_view *nbdcow_view_create(dev_t dev, sector_t sectors, char **error);
 void nbdcow_view_destroy(struct nbdcow_view *view);

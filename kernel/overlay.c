@@ -18,6 +18,9 @@
 #define NBDCOW_NOMEM_PATIENCE	(HZ / 2)
 #define NBDCOW_NOMEM_PAUSE	(HZ / 50 + 1)
 
+/* How long the base may fail and come back before user space is told. */
+#define NBDCOW_EVENT_PAUSE	(HZ / 4)
+
 /* The most blocks that all overlays together may store, and do store. */
 unsigned long nbdcow_total_limit;
 atomic_long_t nbdcow_total_used;
@@ -148,6 +151,19 @@ enum nbdcow_level nbdcow_overlay_level(struct nbdcow_overlay *ov)
 	return used >= limit - limit / 5 ? NBDCOW_HIGH : NBDCOW_OK;
 }
 
+/**
+ * nbdcow_overlay_event() - let `dmsetup wait' of the overlay's device return soon
+ * @ov: the overlay
+ *
+ * What happens often is told only now and then, but the last time always.
+ *
+ * Context: any.
+ */
+void nbdcow_overlay_event(struct nbdcow_overlay *ov)
+{
+	queue_delayed_work(nbdcow_long_wq, &ov->event_work, NBDCOW_EVENT_PAUSE);
+}
+
 /* Note the level, and tell user space when it rose. */
 static void level_update(struct nbdcow_overlay *ov)
 {
@@ -160,13 +176,13 @@ static void level_update(struct nbdcow_overlay *ov)
 	} while (!atomic_try_cmpxchg(&ov->level, &old, new));
 
 	if (new > old)
-		schedule_work(&ov->event_work);
+		mod_delayed_work(nbdcow_long_wq, &ov->event_work, 0);
 }
 
 static void event_work(struct work_struct *work)
 {
 	struct nbdcow_overlay *ov =
-		container_of(work, struct nbdcow_overlay, event_work);
+		container_of(to_delayed_work(work), struct nbdcow_overlay, event_work);
 
 	mutex_lock(&ov->mutex);
 	if (ov->event_ti)
@@ -973,7 +989,7 @@ void nbdcow_overlay_set_event(struct nbdcow_overlay *ov, struct dm_target *ti,
 /* Copes with half-built ones. */
 static void overlay_free(struct nbdcow_overlay *ov)
 {
-	cancel_work_sync(&ov->event_work);
+	cancel_delayed_work_sync(&ov->event_work);
 	layer_destroy(rcu_dereference_protected(ov->layer, 1));
 	mem_cgroup_put(ov->memcg);
 	free_percpu(ov->stats);
@@ -998,7 +1014,7 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	mutex_init(&ov->mutex);
 	INIT_LIST_HEAD(&ov->views);
 	kref_init(&ov->kref);
-	INIT_WORK(&ov->event_work, event_work);
+	INIT_DELAYED_WORK(&ov->event_work, event_work);
 	ov->limit = NBDCOW_NO_LIMIT;
 	ov->memcg = get_mem_cgroup_from_mm(current->mm);
 	ov->stats = alloc_percpu_gfp(struct nbdcow_stats, GFP_KERNEL_ACCOUNT);

@@ -51,6 +51,27 @@ after_base_failed()
 	status_is test-cow health=ok used=39
 }
 
+# events_are N: how many device-mapper events there were
+events_are()
+{
+	[ "$(dmsetup info -c --noheadings -o events test-cow | tr -d ' ')" = "$1" ]
+}
+
+events_of_the_base()
+{
+	make_brd 4096
+	make_dm test-under '0 8192 linear /dev/ram0 0'
+	make_cow test-cow 8192 "$REPLY"
+	io $COW 'check 0 4k .' 'load test-under 8192 error' 'resume test-under' \
+		'fails EIO check 0 4k .'
+	wait_until 10 events_are 1
+	# it goes on failing, which is no news
+	io $COW 'fails EIO check 4k 4k .' 'fails EIO write 8k 512 X' \
+		'load test-under 8192 linear /dev/ram0 0' 'resume test-under' 'check 0 4k .'
+	wait_until 10 events_are 2
+	status_is test-cow health=ok
+}
+
 errors_of_a_disk()
 {
 	make_brd 4096
@@ -460,6 +481,7 @@ not_connected()
 }
 
 run_tests \
+	events_of_the_base 'events when the base begins to fail and is back' \
 	errors_of_a_disk 'a base that fails as a whole, and works again' \
 	one_bad_block 'a base with one bad block' \
 	covered_bad_block 'bad blocks of the base below blocks that are stored' \
