@@ -497,7 +497,7 @@ static int total_limit_set(const char *value, const struct kernel_param *kp)
 	}
 
 	strscpy(total_limit, text, sizeof(total_limit));
-	WRITE_ONCE(nbdcow_total_limit, min_t(u64, blocks, NBDCOW_NO_LIMIT));
+	nbdcow_overlay_set_total(min_t(u64, blocks, NBDCOW_NO_LIMIT));
 	return 0;
 }
 

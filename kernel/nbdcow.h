@@ -259,6 +259,7 @@ void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
 
 /* overlay.c */
 extern unsigned long nbdcow_total_limit;
+void nbdcow_overlay_set_total(unsigned long blocks);
 extern atomic_long_t nbdcow_total_used;
 struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 					  struct block_device *base,

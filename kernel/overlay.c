@@ -190,6 +190,23 @@ static void event_work(struct work_struct *work)
 	mutex_unlock(&ov->mutex);
 }
 
+/**
+ * nbdcow_overlay_set_total() - change the most that all overlays may store
+ * @blocks: blocks, or NBDCOW_NO_LIMIT; may be below what is stored already
+ *
+ * Context: process context, sleeps.
+ */
+void nbdcow_overlay_set_total(unsigned long blocks)
+{
+	struct nbdcow_overlay *ov;
+
+	mutex_lock(&overlays_mutex);
+	WRITE_ONCE(nbdcow_total_limit, blocks);
+	list_for_each_entry(ov, &overlays, list)
+		level_update(ov);
+	mutex_unlock(&overlays_mutex);
+}
+
 /* Add one unless that exceeds the limit. */
 static bool add_below(atomic_long_t *counter, unsigned long limit)
 {

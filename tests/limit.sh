@@ -98,6 +98,16 @@ reset_frees()
 	io /dev/mapper/test-cow 'check 0 1M .' 'check 1M end 0'
 }
 
+events()
+{
+	dmsetup info -c --noheadings -o events test-cow | tr -d ' '
+}
+
+events_are()
+{
+	[ "$(events)" = "$1" ]
+}
+
 # All overlays together, whatever each of them may have.
 total_limit()
 {
@@ -110,6 +120,11 @@ total_limit()
 	make_cow test-cow 2048 "$base" 2 limit 1000
 	make_cow test-cow2 2048 "$base"
 	io /dev/mapper/test-cow 'write 0 160k A'
+	status_is test-cow health=ok
+	echo 128K >$param
+	wait_until 10 events_are 1
+	status_is test-cow health=full
+	echo 256K >$param
 	status_is test-cow health=ok
 	io /dev/mapper/test-cow2 'write 0 96k B' 'fails ENOSPC write 96k 4k B' 'check 96k 4k .'
 	is total_used "$(<$MODULE/parameters/total_used)" 64
@@ -151,16 +166,6 @@ total_limit_grammar()
 		fails eval "echo '$value' >$param"
 		is total_limit "$(<$param)" none
 	done
-}
-
-events()
-{
-	dmsetup info -c --noheadings -o events test-cow | tr -d ' '
-}
-
-events_are()
-{
-	[ "$(events)" = "$1" ]
 }
 
 events_at_80_and_100_percent()
