@@ -417,21 +417,18 @@ void nbdcow_store_punch(struct file *file, u64 block, u64 count)
 void nbdcow_zero_bio(struct bio *bio, struct bvec_iter *iter,
 		     unsigned int bytes)
 {
+	sector_t end = iter->bi_sector + (bytes >> SECTOR_SHIFT);
+
 	while (bytes) {
 		struct bio_vec bv = bio_iter_iovec(bio, *iter);
 
 		bv.bv_len = min(bv.bv_len, bytes);
 		memzero_bvec(&bv);
-		bio_advance_iter_single(bio, iter, bv.bv_len);
+		bvec_iter_advance_single(bio->bi_io_vec, iter, bv.bv_len);
 		bytes -= bv.bv_len;
 	}
-}
-
-/* As bio_advance_iter_single(), for bios that have pages. */
-static void advance(struct nbdcow_piece *piece, unsigned int bytes)
-{
-	piece->iter.bi_sector += bytes >> SECTOR_SHIFT;
-	bvec_iter_advance_single(piece->bio->bi_io_vec, &piece->iter, bytes);
+	/* A segment need not be whole sectors; all of them are. */
+	iter->bi_sector = end;
 }
 
 /**
@@ -452,10 +449,13 @@ void nbdcow_copy_from_page(struct nbdcow_piece *piece, struct page *page)
 
 		bv.bv_len = min(bv.bv_len, left);
 		memcpy_to_bvec(&bv, from);
-		advance(piece, bv.bv_len);
+		bvec_iter_advance_single(piece->bio->bi_io_vec, &piece->iter,
+					 bv.bv_len);
 		from += bv.bv_len;
 		left -= bv.bv_len;
 	}
+	/* Only now: a segment need not be whole sectors. */
+	piece->iter.bi_sector += piece->bytes >> SECTOR_SHIFT;
 	kunmap_local(mapped);
 }
 
@@ -474,7 +474,7 @@ void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page)
 
 	if (unlikely(bio_op(piece->bio) == REQ_OP_WRITE_ZEROES)) {
 		memset(to, 0, left);
-		bio_advance_iter(piece->bio, &piece->iter, left);
+		piece->iter.bi_size -= left;	/* there are no segments */
 		left = 0;
 	}
 	while (left) {
@@ -482,10 +482,12 @@ void nbdcow_copy_to_page(struct nbdcow_piece *piece, struct page *page)
 
 		bv.bv_len = min(bv.bv_len, left);
 		memcpy_from_bvec(to, &bv);
-		advance(piece, bv.bv_len);
+		bvec_iter_advance_single(piece->bio->bi_io_vec, &piece->iter,
+					 bv.bv_len);
 		to += bv.bv_len;
 		left -= bv.bv_len;
 	}
+	piece->iter.bi_sector += piece->bytes >> SECTOR_SHIFT;
 	kunmap_local(mapped);
 }
 

@@ -71,10 +71,74 @@ overlays_are_private()
 	status_is test-cow2 used=1
 }
 
+# The disk of the SCSI target that is on this machine, in REPLY.
+loop_disk()
+{
+	for REPLY in /sys/block/sd*; do
+		if [[ $(readlink "$REPLY") = */tcm_loop_adapter_* ]]; then
+			REPLY=/dev/${REPLY##*/}
+			return
+		fi
+	done
+	return 1
+}
+
+# make_scsi_disk DEVICE: a disk of the kernel's own SCSI target, in REPLY. Its driver takes
+# buffers that begin anywhere, and hands them on as they are.
+make_scsi_disk()
+{
+	local target=/sys/kernel/config/target group
+
+	need_module tcm_loop
+	need_module target_core_iblock
+	need_module sd_mod
+	mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
+	[ -d $target/loopback ] || mkdir $target/loopback
+	mkdir -p $target/core/iblock_0/test
+	undo rmdir $target/core/iblock_0
+	undo rmdir $target/core/iblock_0/test
+	echo "udev_path=$1" >$target/core/iblock_0/test/control
+	echo 1 >$target/core/iblock_0/test/enable
+	group=$target/loopback/naa.6001405000000001
+	mkdir -p $group/tpgt_0
+	undo rmdir $group
+	undo rmdir $group/tpgt_0
+	echo naa.6001405000000002 >$group/tpgt_0/nexus
+	mkdir $group/tpgt_0/lun/lun_0
+	undo rmdir $group/tpgt_0/lun/lun_0
+	ln -s $target/core/iblock_0/test $group/tpgt_0/lun/lun_0/test
+	undo rm $group/tpgt_0/lun/lun_0/test
+	wait_until 20 loop_disk
+	wait_until 20 test -b "$REPLY"
+}
+
+# What the segments of a request hold need not be whole sectors.
+odd_segments()
+{
+	local cow=/dev/mapper/test-cow
+
+	# brd itself cannot have such segments
+	make_loop_base 4194304
+	make_cow test-cow 8192 "$REPLY"
+	io $cow 'discard 0 64k' 'write 4k 4k A' 'write 12k 512 A' 'write 36k 8k A'
+	dmsetup message test-cow 0 holes 256 16
+	make_scsi_disk $cow
+	io "$REPLY" 'shift 260' 'is 0 00000000AAAAAAAA00000000A000000000000000' \
+		'is 28k 0000000000000000AAAAAAAAAAAAAAAA00000000' 'check 64k 900k .' \
+		'write 8k 16k B' 'write 1k 2k C' 'write 1020k 12k D' 'write 40k 8k E' 'write 128k 24k F'
+	dmsetup message test-cow 0 cow_on_read on
+	io "$REPLY" 'shift 260' 'check 192k 24k .' 'check 192k 24k .' 'check 188k 64k .'
+	io $cow 'is 0 00CCCC00AAAAAAAA' 'check 8k 16k B' 'check 24k 12k 0' 'check 36k 4k A' \
+		'check 40k 8k E' 'check 48k 16k 0' 'check 64k 64k .' 'check 128k 24k F' \
+		'check 152k 868k .' 'check 1020k 12k D' 'check 1032k 24k 0'
+	status_is test-cow health=ok refused=0 errors=0
+}
+
 run_tests \
 	sweep_direct 'writes and reads of every alignment over every mixture of block states' \
 	random_direct 'random direct I/O agrees with a shadow copy' \
 	random_buffered 'random I/O through the page cache agrees with a shadow copy' \
 	views_agree 'buffered and direct I/O see the same data' \
+	odd_segments 'requests in segments that are not whole sectors' \
 	overlays_are_private 'overlays on one base do not see each other' \
 	fio_verify "fio's verification passes"

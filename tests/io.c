@@ -66,6 +66,9 @@ static struct request {
 static unsigned int nr_requests;
 static aio_context_t aio;
 
+/* Where buffers begin in a page. */
+static size_t shift;
+
 /* What precedes each message, as long as faults are injected. */
 static char round_text[100];
 
@@ -80,6 +83,7 @@ static void usage(void)
 	     "is OFFSET TAGS                one tag a sector, e.g. `is 4k .AA.....`\n"
 	     "discard | zeroout | punch | zerorange OFFSET LENGTH\n"
 	     "flush                         fsync; drop: also drop the page cache\n"
+	     "shift BYTES                   buffers begin so far behind a page's beginning\n"
 	     "fua OFFSET LENGTH TAG         a write with RWF_DSYNC\n"
 	     "nowait write|check ...        with RWF_NOWAIT\n"
 	     "fails ERRNO COMMAND           the command must fail that way\n"
@@ -160,9 +164,15 @@ static void *get_buffer(size_t len)
 {
 	void *buf;
 
-	if (posix_memalign(&buf, BLOCK, len))
+	if (posix_memalign(&buf, BLOCK, len + shift))
 		die("out of memory");
-	return buf;
+	return (char *)buf + shift;
+}
+
+static void put_buffer(void *buf)
+{
+	if (buf)
+		free((char *)buf - (uintptr_t)buf % BLOCK);
 }
 
 static uint64_t parse_bytes(const char *text, uint64_t offset)
@@ -306,7 +316,7 @@ static int do_check(uint64_t offset, uint64_t len, tag_fn tag, const void *arg, 
 			compare(buf, offset + done, n, done, tag, arg, what);
 		done += n;
 	}
-	free(buf);
+	put_buffer(buf);
 	return ret;
 }
 
@@ -333,7 +343,7 @@ static int do_write(uint64_t offset, uint64_t len, uint32_t tag, int flags)
 			model_set(offset + done, n, tag);
 		done += n;
 	}
-	free(buf);
+	put_buffer(buf);
 	return ret;
 }
 
@@ -358,7 +368,7 @@ static void model_discarded_end(void)
 	if (stamp_tag(buf, offset / SECTOR) == TAG_ZERO)
 		model_set(offset, bytes - offset, TAG_ZERO);
 	compare(buf, offset, bytes - offset, 0, tag_model, NULL, "end after a discard");
-	free(buf);
+	put_buffer(buf);
 }
 
 static int clear_once(const char *how, uint64_t *range)
@@ -743,7 +753,7 @@ static void do_sum(void)
 			sum = (sum << 7 | sum >> 57) * 0x9e3779b97f4a7c15ULL + buf[i];
 	}
 	printf("%016" PRIx64 "\n", sum);
-	free(buf);
+	put_buffer(buf);
 }
 
 static void do_model(uint64_t base_bytes)
@@ -862,7 +872,7 @@ static void do_random(unsigned int seed, unsigned int count)
 		if (ret)
 			die("random operation %u of seed %u: %s", i, seed, strerror(-ret));
 	}
-	free(memory);
+	put_buffer(memory);
 }
 
 static void *job_run(void *arg)
@@ -920,7 +930,7 @@ static void reap(bool wait)
 		if (events[i].res != (r->want ? r->want : (int64_t)r->iocb.aio_nbytes))
 			die("%s: %s", r->text, events[i].res < 0 ?
 			    strerror(-(int)events[i].res) : "did not fail");
-		free(r->buf);
+		put_buffer(r->buf);
 		r->done = true;
 	}
 }
@@ -1146,7 +1156,7 @@ static void settle(char **words)
 		else
 			compare(buf, at, next - at, 0, tag_model, NULL, "after a failure");
 	}
-	free(buf);
+	put_buffer(buf);
 }
 
 /* May a fault end this command so? Where there is no model all may. */
@@ -1466,6 +1476,8 @@ static int execute(char *text, int *want)
 		do_held(words[first + 1], atoi(words[first + 2]));
 	else if (!strcmp(words[first], "random") && count == 3 && model)
 		do_random(atoi(words[first + 1]), atoi(words[first + 2]));
+	else if (!strcmp(words[first], "shift") && count == 2)
+		shift = strtoul(words[first + 1], NULL, 0) % BLOCK;
 	else if (!strcmp(words[first], "size") && count == 2) {
 		if (bytes != parse_bytes(words[first + 1], 0))
 			die("%s: it has %" PRIu64 " bytes", label, bytes);
