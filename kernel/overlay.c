@@ -807,7 +807,6 @@ static void punch(struct nbdcow_layer *layer, u64 block, unsigned long count)
 static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count)
 {
 	struct nbdcow_layer *layer = layer_of(ov);
-	struct mem_cgroup *old_memcg;
 	unsigned long stored;
 	int ret;
 
@@ -821,10 +820,8 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 		stored = nbdcow_map_zero_leaf(layer->map, block);
 	} else {
 		/* Must work in a full memory cgroup too: it frees memory. */
-		old_memcg = set_active_memcg(ov->memcg);
 		ret = nbdcow_map_prepare(layer->map, block,
 					 nbdcow_gfp(NBDCOW_WORK) | __GFP_ACCOUNT);
-		set_active_memcg(old_memcg);
 		if (ret)
 			ret = nbdcow_map_prepare(layer->map, block,
 						 nbdcow_gfp(NBDCOW_WORK));
@@ -856,6 +853,7 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
  */
 int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 {
+	struct mem_cgroup *old_memcg = set_active_memcg(ov->memcg);
 	unsigned long end = patience_ends(ov);
 	int ret = 0;
 
@@ -878,6 +876,7 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 		block += n;
 		count -= n;
 	}
+	set_active_memcg(old_memcg);
 	level_update(ov);
 	return ret;
 }

@@ -32,17 +32,42 @@ static unsigned int block_offset(u64 block)
 	return offset_in_page((unsigned long)block << NBDCOW_BLOCK_SHIFT);
 }
 
+/**
+ * nbdcow_gfp() - how to allocate in the I/O path
+ * @context: what may be waited for
+ *
+ * Never the OOM killer, never the reserves for those who free memory.
+ *
+ * Context: any.
+ * Return: the flags.
+ */
+gfp_t nbdcow_gfp(enum nbdcow_context context)
+{
+	gfp_t gfp = __GFP_NOMEMALLOC | __GFP_NOWARN;
+
+	switch (context) {
+	case NBDCOW_NOWAIT:
+		return gfp | GFP_NOWAIT;
+	case NBDCOW_MAP:
+		return gfp | GFP_NOIO | __GFP_NORETRY;
+	default:
+		return gfp | GFP_NOIO | __GFP_RETRY_MAYFAIL;
+	}
+}
+
+/* What tmpfs is to allocate a page of the file with. */
+static gfp_t file_gfp(struct file *file, enum nbdcow_context context)
+{
+	return nbdcow_gfp(context) | (mapping_gfp_mask(file->f_mapping) &
+				      (__GFP_HIGHMEM | __GFP_MOVABLE));
+}
+
 /* tmpfs asks for new pages as nbdcow_store_new() would. */
 static struct file *set_up(struct file *file)
 {
-	struct address_space *mapping;
-
 	if (IS_ERR(file))
 		return file;
-	mapping = file->f_mapping;
-	mapping_set_gfp_mask(mapping, nbdcow_gfp(NBDCOW_NOWAIT) |
-				      (mapping_gfp_mask(mapping) &
-				       (__GFP_HIGHMEM | __GFP_MOVABLE)));
+	mapping_set_gfp_mask(file->f_mapping, file_gfp(file, NBDCOW_NOWAIT));
 	return file;
 }
 
@@ -249,29 +274,6 @@ bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait)
 }
 
 /**
- * nbdcow_gfp() - how to allocate in the I/O path
- * @context: what may be waited for
- *
- * Never the OOM killer, never the reserves for those who free memory.
- *
- * Context: any.
- * Return: the flags.
- */
-gfp_t nbdcow_gfp(enum nbdcow_context context)
-{
-	gfp_t gfp = __GFP_NOMEMALLOC | __GFP_NOWARN;
-
-	switch (context) {
-	case NBDCOW_NOWAIT:
-		return gfp | GFP_NOWAIT;
-	case NBDCOW_MAP:
-		return gfp | GFP_NOIO | __GFP_NORETRY;
-	default:
-		return gfp | GFP_NOIO | __GFP_RETRY_MAYFAIL;
-	}
-}
-
-/**
  * nbdcow_store_get_locked() - find a block's page, or bring it into being
  * @file: the file
  * @block: the block
@@ -298,8 +300,7 @@ struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 				     enum nbdcow_context context, bool stored)
 {
 	struct address_space *mapping = file->f_mapping;
-	gfp_t gfp = nbdcow_gfp(context) | (mapping_gfp_mask(mapping) &
-					   (__GFP_HIGHMEM | __GFP_MOVABLE));
+	gfp_t gfp = file_gfp(file, context);
 	pgoff_t index = block_index(block);
 	struct page *page;
 	unsigned int noio;
@@ -388,21 +389,48 @@ void nbdcow_store_filled(struct page *page, u64 block)
 	folio_mark_dirty(folio);
 }
 
+/*
+ * Bring a large page on swap back that a range is to cut between two bytes. tmpfs itself
+ * would ask for it with GFP_NOWAIT, and some kernels drop the whole of it when they do not
+ * get it. Returns whether nothing is on swap there.
+ */
+static bool bring_back(struct file *file, loff_t before, loff_t after)
+{
+	struct address_space *mapping = file->f_mapping;
+	void *entry = xa_load(&mapping->i_pages, after >> PAGE_SHIFT);
+	struct page *page;
+
+	/* Of a large page all indices hold the same. */
+	if (!xa_is_value(entry) || before < 0 ||
+	    xa_load(&mapping->i_pages, before >> PAGE_SHIFT) != entry)
+		return true;
+	page = shmem_read_mapping_page_gfp(mapping, after >> PAGE_SHIFT,
+					   file_gfp(file, NBDCOW_WORK) | __GFP_HIGH);
+	if (IS_ERR(page))
+		return false;
+	put_page(page);
+	return true;
+}
+
 /**
  * nbdcow_store_punch() - give the pages of a range of blocks back
  * @file: the file
  * @block: first block
  * @count: number of blocks
  *
+ * Without memory to read a page from swap of which only a part is in the range, nothing
+ * is given back; what is there is overwritten by the next install.
+ *
  * Context: under the range's shard lock for write; sleeps.
  */
 void nbdcow_store_punch(struct file *file, u64 block, u64 count)
 {
 	loff_t start = (loff_t)block << NBDCOW_BLOCK_SHIFT;
-	loff_t bytes = (loff_t)count << NBDCOW_BLOCK_SHIFT;
+	loff_t end = start + ((loff_t)count << NBDCOW_BLOCK_SHIFT);
 	unsigned int noio = memalloc_noio_save();
 
-	shmem_truncate_range(file_inode(file), start, start + bytes - 1);
+	if (bring_back(file, start - 1, start) && bring_back(file, end - 1, end))
+		shmem_truncate_range(file_inode(file), start, end - 1);
 	memalloc_noio_restore(noio);
 }
 
