@@ -203,10 +203,19 @@ static inline void nbdcow_store_walk_end(struct nbdcow_walk *walk)
 	}
 }
 
-/* Is a page that was found still the file's? */
+/*
+ * Is a page that was found still the file's? One on its way back from swap has the
+ * mapping before tmpfs knows whether it may come back, but is in the swap cache then. It
+ * entered that before the mapping went, so the flag is looked at first.
+ */
 static inline bool nbdcow_store_has(struct file *file, struct page *page)
 {
-	return READ_ONCE(page_folio(page)->mapping) == file->f_mapping;
+	struct folio *folio = page_folio(page);
+
+	if (unlikely(folio_test_swapcache(folio)))
+		return false;
+	smp_rmb();	/* the flag before the mapping */
+	return READ_ONCE(folio->mapping) == file->f_mapping;
 }
 
 /* Some or all bytes of one block, on their way between a bio and the overlay. */
