@@ -382,7 +382,7 @@ static void prefetch_ended(struct nbdcow_prefetch *prefetch, blk_status_t status
 	spin_lock(&prefetch->lock);
 	if (status && prefetch->state == NBDCOW_PREFETCH_RUNNING)
 		prefetch->state = NBDCOW_PREFETCH_FAILED;
-	queue_delayed_work(nbdcow_long_wq, &prefetch->work, 0);
+	queue_delayed_work(nbdcow_base_wq, &prefetch->work, 0);
 	prefetch_less(prefetch);
 	spin_unlock(&prefetch->lock);
 }
@@ -641,7 +641,7 @@ static bool waits(struct nbdcow_prefetch *prefetch)
 	/* What is less than a timer knows counts with the next pause. */
 	if (!prefetch->rate || left < TICK_NSEC)
 		return false;
-	queue_delayed_work(nbdcow_long_wq, &prefetch->work, nsecs_to_jiffies(left));
+	queue_delayed_work(nbdcow_base_wq, &prefetch->work, nsecs_to_jiffies(left));
 	return true;
 }
 
@@ -738,7 +738,7 @@ int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 	prefetch->state = NBDCOW_PREFETCH_RUNNING;
 	spin_unlock(&prefetch->lock);
 	/* One that was stopped may have left a pause behind. */
-	mod_delayed_work(nbdcow_long_wq, &prefetch->work, 0);
+	mod_delayed_work(nbdcow_base_wq, &prefetch->work, 0);
 	return 0;
 }
 
@@ -773,7 +773,7 @@ void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause)
 	prefetch->paused = pause;
 	spin_unlock(&prefetch->lock);
 	if (!pause) {
-		queue_delayed_work(nbdcow_long_wq, &prefetch->work, 0);
+		queue_delayed_work(nbdcow_base_wq, &prefetch->work, 0);
 		return;
 	}
 	wait_var_event(&prefetch->inflight, !READ_ONCE(prefetch->inflight));

@@ -180,11 +180,13 @@
 	round_down(UINT_MAX >> SECTOR_SHIFT, NBDCOW_BLOCK_SECTORS)
 
 /*
- * What a CPU does soon after a read of the base has ended there, one after the other
- * and without a thread for each; and what may keep a thread busy for long.
+ * nbdcow_wq: short work after a read of the base, on the CPU where that ended, so that
+ * one thread does many. nbdcow_long_wq: work that may take long. nbdcow_base_wq: work
+ * that sends reads to the base, and hangs with a base that hangs.
  */
 struct workqueue_struct *nbdcow_wq;
 struct workqueue_struct *nbdcow_long_wq;
+struct workqueue_struct *nbdcow_base_wq;
 
 /*
  * Construction
@@ -528,6 +530,8 @@ MODULE_PARM_DESC(total_used, "4 KiB blocks that all overlays together store");
 
 static void destroy_queues(void)
 {
+	if (nbdcow_base_wq)
+		destroy_workqueue(nbdcow_base_wq);
 	if (nbdcow_long_wq)
 		destroy_workqueue(nbdcow_long_wq);
 	if (nbdcow_wq)
@@ -550,7 +554,9 @@ static int __init nbdcow_init(void)
 	nbdcow_wq = alloc_workqueue("nbdcow", WQ_MEM_RECLAIM | WQ_PERCPU, 0);
 	nbdcow_long_wq = alloc_workqueue("nbdcow_long",
 					 WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
-	if (!nbdcow_wq || !nbdcow_long_wq) {
+	nbdcow_base_wq = alloc_workqueue("nbdcow_base",
+					 WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
+	if (!nbdcow_wq || !nbdcow_long_wq || !nbdcow_base_wq) {
 		ret = -ENOMEM;
 		goto bad_wq;
 	}

@@ -739,7 +739,7 @@ static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
 		bio_list_add(&t->queued, bio);
 		WRITE_ONCE(t->nr_queued, t->nr_queued + 1);
 		/* Under the lock: without the bio the target may be gone. */
-		queue_delayed_work(nbdcow_long_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+		queue_delayed_work(nbdcow_base_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 	}
 	spin_unlock_irqrestore(&t->queue_lock, flags);
 	return queued;
@@ -819,7 +819,7 @@ static void retry_work(struct work_struct *work)
 	while ((bio = bio_list_pop(&bios)))
 		retry(t, bio);
 	if (READ_ONCE(t->nr_queued))
-		queue_delayed_work(nbdcow_long_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+		queue_delayed_work(nbdcow_base_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 }
 
 /* Let none wait any more. */

@@ -245,6 +245,7 @@ struct nbdcow_io {
 /* dm-nbdcow-target.c */
 extern struct workqueue_struct *nbdcow_wq;
 extern struct workqueue_struct *nbdcow_long_wq;
+extern struct workqueue_struct *nbdcow_base_wq;
 bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name);
 
 /* io.c */
