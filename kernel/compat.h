@@ -129,14 +129,14 @@ static inline void nbdcow_shrinker_stop(struct shrinker *shrinker)
 
 /*
  * Properties of the base that we do not share: its alignment, and since they
- * are queue limits (6.11) its volatile write cache and need of stable pages.
+ * are queue limits (6.11) its volatile write cache, need of stable pages and polling.
  */
 static inline void nbdcow_limits_disinherit(struct queue_limits *limits)
 {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
 	limits->flags &= ~BLK_FLAG_MISALIGNED;
 	limits->features &= ~(BLK_FEAT_WRITE_CACHE | BLK_FEAT_FUA |
-			      BLK_FEAT_STABLE_WRITES);
+			      BLK_FEAT_STABLE_WRITES | BLK_FEAT_POLL);
 #else
 	limits->misaligned = 0;
 #endif

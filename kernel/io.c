@@ -897,6 +897,8 @@ int nbdcow_map(struct dm_target *ti, struct bio *bio)
 {
 	struct nbdcow_target *t = ti->private;
 
+	/* It may end anywhere, which the base's queue is not polled for. */
+	bio->bi_opf &= ~REQ_POLLED;
 	/*
 	 * The core's worker sends what was requeued. It may wait, and EAGAIN would
 	 * come too late for whoever could try again.
