@@ -59,31 +59,24 @@ nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
 #endif
 
 /*
- * A page of a file for a caller that overwrites it: locked, and if it is new,
- * neither zeroed nor up to date. Of @bytes from its start on, larger pages may be
- * made. 6.12: it is a folio; 6.17: a kiocb names the file.
+ * A page of a tmpfs file for a caller that overwrites it: locked, and if it is new,
+ * neither zeroed nor up to date. 6.12: tmpfs gives such pages to others.
  */
 static inline struct page *
-nbdcow_write_begin(struct file *file, pgoff_t index, unsigned int bytes)
+nbdcow_shmem_get_page(struct file *file, pgoff_t index)
 {
-	struct address_space *mapping = file->f_mapping;
-	loff_t pos = (loff_t)index << PAGE_SHIFT;
-	void *fsdata;
-	int ret;
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+	struct address_space *mapping = file->f_mapping;
 	struct page *page;
+	void *fsdata;
+	int ret = mapping->a_ops->write_begin(file, mapping, (loff_t)index << PAGE_SHIFT,
+					      PAGE_SIZE, &page, &fsdata);
 
-	ret = mapping->a_ops->write_begin(file, mapping, pos, bytes, &page, &fsdata);
 	return ret ? ERR_PTR(ret) : page;
 #else
 	struct folio *folio;
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 17, 0)
-	ret = mapping->a_ops->write_begin(file, mapping, pos, bytes, &folio, &fsdata);
-#else
-	struct kiocb iocb = { .ki_filp = file };
+	int ret = shmem_get_folio(file_inode(file), index, 0, &folio, SGP_WRITE);
 
-	ret = mapping->a_ops->write_begin(&iocb, mapping, pos, bytes, &folio, &fsdata);
-#endif
 	return ret ? ERR_PTR(ret) : folio_file_page(folio, index);
 #endif
 }

@@ -355,8 +355,7 @@ struct page *nbdcow_store_new(struct file *file, u64 block,
 	/* Something there, in memory or on swap, could mean waiting. */
 	if (likely(!xa_load(&file->f_mapping->i_pages, index))) {
 		noio = memalloc_noio_save();
-		page = nbdcow_write_begin(file, index,
-					  NBDCOW_HUGE_BLOCKS * NBDCOW_BLOCK_BYTES);
+		page = nbdcow_shmem_get_page(file, index);
 		memalloc_noio_restore(noio);
 		if (page != ERR_PTR(-ENOMEM) || context == NBDCOW_NOWAIT)
 			return page;
