@@ -126,7 +126,8 @@ struct page *nbdcow_cache_find(struct nbdcow_base *base, u64 block)
 		folio = page_folio(page);
 		if (!folio_try_get(folio))
 			continue;
-		if (likely(xa_load(&base->blocks, block) == page)) {
+		if (likely(xa_load(&base->blocks, block) == page &&
+			   page_folio(page) == folio)) {
 			if (!folio_test_referenced(folio))
 				folio_set_referenced(folio);
 			break;
