@@ -18,6 +18,9 @@
 #define NBDCOW_NOMEM_PATIENCE	(HZ / 2)
 #define NBDCOW_NOMEM_PAUSE	(HZ / 50 + 1)
 
+/* The most that is copied before others get the CPU; bios of large pages have more. */
+#define NBDCOW_COPY_BYTES	SZ_1M
+
 /* How long the base may fail and come back before user space is told. */
 #define NBDCOW_EVENT_PAUSE	(HZ / 4)
 
@@ -392,8 +395,8 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 				 struct nbdcow_piece *piece, unsigned int bytes)
 {
 	bool write = op_is_write(bio_op(piece->bio)), ok;
+	unsigned int most = min_t(unsigned int, bytes, NBDCOW_COPY_BYTES), left = most;
 	struct nbdcow_layer *layer;
-	unsigned int left = bytes;
 	struct nbdcow_walk walk;
 	struct page *page;
 
@@ -416,7 +419,9 @@ unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
 	}
 	nbdcow_store_walk_end(&walk);
 	rcu_read_unlock();
-	return bytes - left;
+	if (unlikely(most < bytes))
+		cond_resched();
+	return most - left;
 }
 
 static bool lock_shard_read(struct nbdcow_overlay *ov,
