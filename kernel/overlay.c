@@ -1018,16 +1018,22 @@ static void overlay_free(struct nbdcow_overlay *ov)
 	kfree(ov);
 }
 
-static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
-					     const char *tmpfs_dir, char **error)
+/* An overlay in an empty @file, which it takes over, also when it fails. */
+static struct nbdcow_overlay *overlay_create(u64 nr_blocks, struct file *file,
+					     const char *tmpfs_dir)
 {
 	struct nbdcow_overlay *ov = kzalloc(sizeof(*ov), GFP_KERNEL_ACCOUNT);
-	struct nbdcow_layer *layer;
+	struct nbdcow_layer *layer = layer_create(nr_blocks, file,
+						  GFP_KERNEL_ACCOUNT);
 	int i;
 
-	*error = "Not enough memory for the overlay";
-	if (!ov)
+	if (!ov || IS_ERR(layer)) {
+		if (!IS_ERR(layer))
+			layer_destroy(layer);
+		kfree(ov);
 		return ERR_PTR(-ENOMEM);
+	}
+	rcu_assign_pointer(ov->layer, layer);
 	for (i = 0; i < NBDCOW_SHARDS; i++)
 		init_rwsem(&ov->shards[i].lock);
 	for (i = 0; i < NBDCOW_INSTALLERS; i++)
@@ -1039,24 +1045,12 @@ static struct nbdcow_overlay *overlay_create(u64 nr_blocks,
 	ov->limit = NBDCOW_NO_LIMIT;
 	ov->memcg = get_mem_cgroup_from_mm(current->mm);
 	ov->stats = alloc_percpu_gfp(struct nbdcow_stats, GFP_KERNEL_ACCOUNT);
-	if (!ov->stats) {
+	if (tmpfs_dir)
+		ov->tmpfs_dir = kstrdup(tmpfs_dir, GFP_KERNEL_ACCOUNT);
+	if (!ov->stats || (tmpfs_dir && !ov->tmpfs_dir)) {
 		overlay_free(ov);
 		return ERR_PTR(-ENOMEM);
 	}
-	if (tmpfs_dir) {
-		ov->tmpfs_dir = kstrdup(tmpfs_dir, GFP_KERNEL_ACCOUNT);
-		if (!ov->tmpfs_dir) {
-			overlay_free(ov);
-			return ERR_PTR(-ENOMEM);
-		}
-	}
-	layer = layer_create(nr_blocks, nbdcow_store_create(tmpfs_dir, error),
-			     GFP_KERNEL_ACCOUNT);
-	if (IS_ERR(layer)) {
-		overlay_free(ov);
-		return ERR_CAST(layer);
-	}
-	rcu_assign_pointer(ov->layer, layer);
 	return ov;
 }
 
@@ -1138,6 +1132,34 @@ static int overlay_adopt(struct nbdcow_overlay *ov, sector_t sectors,
 	return ret;
 }
 
+/* The overlay of a mapped device, or NULL. Under overlays_mutex. */
+static struct nbdcow_overlay *overlay_of(struct mapped_device *md)
+{
+	struct nbdcow_overlay *ov;
+
+	list_for_each_entry(ov, &overlays, list)
+		if (ov->md == md)
+			return ov;
+	return NULL;
+}
+
+/* A new overlay, of which others may know from here on. Under overlays_mutex. */
+static struct nbdcow_overlay *overlay_add(struct mapped_device *md, u64 nr_blocks,
+					  struct block_device *base,
+					  struct file *file,
+					  const char *tmpfs_dir)
+{
+	struct nbdcow_overlay *ov = overlay_create(nr_blocks, file, tmpfs_dir);
+
+	if (IS_ERR(ov))
+		return ov;
+	ov->md = md;
+	ov->base_sectors = bdev_nr_sectors(base);
+	ov->tables = 1;
+	list_add(&ov->list, &overlays);
+	return ov;
+}
+
 /**
  * nbdcow_overlay_get() - the overlay of a target: the device's, or a new one
  * @ti: the target; its mapped device is the overlay's key
@@ -1159,29 +1181,31 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	int ret;
 
 	mutex_lock(&overlays_mutex);
+	ov = overlay_of(md);
+	if (!ov) {
+		/* A directory may be on a file system that hangs. */
+		mutex_unlock(&overlays_mutex);
+		file = nbdcow_store_create(tmpfs_dir, error);
+		if (IS_ERR(file))
+			return ERR_CAST(file);
+		mutex_lock(&overlays_mutex);
+		ov = overlay_of(md);
+	}
 	/* Who makes a view of a suspended device may be waiting for the mutex. */
 	noio = memalloc_noio_save();
-	list_for_each_entry(ov, &overlays, list) {
-		if (ov->md != md)
-			continue;
+	if (ov) {
+		nbdcow_store_destroy(file);
 		ret = overlay_adopt(ov, ti->len, base, tmpfs_dir, error);
 		if (ret) {
 			ov = ERR_PTR(ret);
-			goto out;
+		} else {
+			kref_get(&ov->kref);
+			ov->tables++;
 		}
-		kref_get(&ov->kref);
-		ov->tables++;
-		goto out;
+	} else {
+		*error = "Not enough memory for the overlay";
+		ov = overlay_add(md, nr_blocks, base, file, tmpfs_dir);
 	}
-
-	ov = overlay_create(nr_blocks, tmpfs_dir, error);
-	if (!IS_ERR(ov)) {
-		ov->md = md;
-		ov->base_sectors = bdev_nr_sectors(base);
-		ov->tables = 1;
-		list_add(&ov->list, &overlays);
-	}
-out:
 	memalloc_noio_restore(noio);
 	mutex_unlock(&overlays_mutex);
 	return ov;
