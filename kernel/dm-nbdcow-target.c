@@ -443,6 +443,10 @@ static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
 	limits->physical_block_size = max(limits->physical_block_size,
 					  NBDCOW_BLOCK_BYTES);
 	limits->io_min = max(limits->io_min, NBDCOW_BLOCK_BYTES);
+	/* Of the larger physical blocks it must be a multiple, too. */
+	limits->io_opt = round_down(limits->io_opt, limits->physical_block_size);
+	/* The base splits what it gets by itself. */
+	limits->chunk_sectors = 0;
 	limits->discard_granularity = NBDCOW_BLOCK_BYTES;
 	limits->max_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;
 	limits->max_hw_discard_sectors = NBDCOW_MAX_ZERO_SECTORS;

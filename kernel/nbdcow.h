@@ -89,6 +89,7 @@ struct nbdcow_overlay {
 	struct list_head list;	/* those with a table; under overlays_mutex */
 	struct mapped_device *md; /* key of the overlay, gone after its tables */
 	sector_t base_sectors;	/* size of the base, constant: one view for all */
+	unsigned int base_sector_bytes; /* its logical blocks, constant likewise */
 	sector_t length;	/* of the live table, 0 before; under mutex */
 	char *tmpfs_dir;	/* as given, or NULL; constant */
 };

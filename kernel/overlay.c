@@ -1108,6 +1108,10 @@ static int overlay_adopt(struct nbdcow_overlay *ov, sector_t sectors,
 		*error = "The base device is smaller than the overlay's base was";
 		return -EINVAL;
 	}
+	if (bdev_logical_block_size(base) > ov->base_sector_bytes) {
+		*error = "The base device has larger logical blocks than the overlay's base had";
+		return -EINVAL;
+	}
 	if (!!tmpfs_dir != !!ov->tmpfs_dir ||
 	    (tmpfs_dir && strcmp(tmpfs_dir, ov->tmpfs_dir))) {
 		*error = "tmpfs cannot change while the overlay lives";
@@ -1155,6 +1159,7 @@ static struct nbdcow_overlay *overlay_add(struct mapped_device *md, u64 nr_block
 		return ov;
 	ov->md = md;
 	ov->base_sectors = bdev_nr_sectors(base);
+	ov->base_sector_bytes = bdev_logical_block_size(base);
 	ov->tables = 1;
 	list_add(&ov->list, &overlays);
 	return ov;
