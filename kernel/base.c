@@ -139,7 +139,7 @@ struct page *nbdcow_cache_find(struct nbdcow_base *base, u64 block)
 }
 
 /* Drop @want blocks that were not used lately; @all: of any, which is no eviction. */
-static unsigned long evict(struct nbdcow_base *base, unsigned long want, bool all)
+static unsigned long cache_evict(struct nbdcow_base *base, unsigned long want, bool all)
 {
 	unsigned long chances = all ? 0 : NBDCOW_CHANCES, dropped = 0;
 	XA_STATE(xas, &base->blocks, 0);
@@ -177,20 +177,20 @@ static unsigned long evict(struct nbdcow_base *base, unsigned long want, bool al
 }
 
 /* Drop what is more than the limit, but for what is under way. */
-static void trim(struct nbdcow_base *base)
+static void cache_trim(struct nbdcow_base *base)
 {
 	unsigned long limit = READ_ONCE(base->limit), now;
 
 	while ((now = atomic_long_read(&base->cached)) > limit) {
-		if (!evict(base, min_t(unsigned long, now - limit,
-				       NBDCOW_FETCH_MAX), false))
+		if (!cache_evict(base, min_t(unsigned long, now - limit,
+					     NBDCOW_FETCH_MAX), false))
 			break;
 		cond_resched();
 	}
 }
 
 /* Room for @nr more blocks; with @replace at the cost of others. */
-static bool reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
+static bool cache_reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
 {
 	unsigned long limit = READ_ONCE(base->limit);
 	unsigned long now = atomic_long_add_return(nr, &base->cached);
@@ -198,7 +198,7 @@ static bool reserve(struct nbdcow_base *base, unsigned int nr, bool replace)
 	if (now <= limit)
 		return true;
 	if (replace && nr <= limit) {
-		evict(base, min_t(unsigned long, now - limit, 2 * nr), false);
+		cache_evict(base, min_t(unsigned long, now - limit, 2 * nr), false);
 		now = atomic_long_read(&base->cached);
 		if (now <= limit)
 			return true;
@@ -222,7 +222,7 @@ void nbdcow_cache_add(struct nbdcow_base *base, u64 block, const void *content)
 	gfp_t gfp = nbdcow_gfp(NBDCOW_MAP);
 	struct page *page;
 
-	if (!reserve(base, 1, true))
+	if (!cache_reserve(base, 1, true))
 		return;
 	page = page_alloc(gfp);
 	if (page) {
@@ -244,7 +244,7 @@ void nbdcow_cache_add(struct nbdcow_base *base, u64 block, const void *content)
  */
 void nbdcow_cache_drop(struct nbdcow_base *base)
 {
-	while (evict(base, NBDCOW_FETCH_MAX, true))
+	while (cache_evict(base, NBDCOW_FETCH_MAX, true))
 		cond_resched();
 }
 
@@ -271,7 +271,7 @@ static unsigned long shrinker_scan(struct shrinker *shrinker,
 	if (!mutex_trylock(&bases_mutex))
 		return SHRINK_STOP;
 	list_for_each_entry(base, &bases, list) {
-		total += evict(base, sc->nr_to_scan - total, false);
+		total += cache_evict(base, sc->nr_to_scan - total, false);
 		if (total >= sc->nr_to_scan) {
 			list_rotate_to_front(&base->list, &bases);
 			break;
@@ -412,7 +412,7 @@ static void fetch_end(struct nbdcow_fetch *fetch, blk_status_t status)
 	if (status)
 		atomic_long_sub(fetch->nr, &base->cached);
 	else
-		trim(base);	/* the limit may have become lower meanwhile */
+		cache_trim(base);	/* the limit may have become lower meanwhile */
 	if (fetch->prefetch)
 		prefetch_ended(fetch->prefetch, status);
 	kfree(fetch);
@@ -450,7 +450,7 @@ static struct nbdcow_fetch *fetch_create(struct nbdcow_target *t, u64 first,
 	if (cached >= limit)
 		return NULL;
 	nr = min_t(unsigned long, nr, limit - cached);
-	if (!reserve(base, nr, replace))
+	if (!cache_reserve(base, nr, replace))
 		return NULL;
 	fetch = kmalloc(struct_size(fetch, bvecs, nr), gfp);
 	if (!fetch) {
@@ -572,7 +572,7 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 		bio_list_add(&fetch->bios, bio);
 	xa_unlock(&base->blocks);
 	if (!taken) {
-		/* Who joined meanwhile reads for himself, which we may not wait for. */
+		/* Who joined meanwhile is sent to the base by the work: that can block. */
 		bio_init(&fetch->bio, NULL, NULL, 0, REQ_OP_READ);
 		fetch->bio.bi_status = BLK_STS_IOERR;
 		queue_work(nbdcow_wq, &fetch->work);
@@ -635,7 +635,7 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_target *t)
 }
 
 /* Is it too early for the next read? Then the work comes again. */
-static bool waits(struct nbdcow_prefetch *prefetch)
+static bool prefetch_waits(struct nbdcow_prefetch *prefetch)
 {
 	s64 left = prefetch->not_before - ktime_get_ns();
 
@@ -666,7 +666,7 @@ static void prefetch_work(struct work_struct *work)
 	for (;;) {
 		spin_lock(&prefetch->lock);
 		if (prefetch->state != NBDCOW_PREFETCH_RUNNING ||
-		    prefetch->paused || waits(prefetch) ||
+		    prefetch->paused || prefetch_waits(prefetch) ||
 		    prefetch->inflight >= (prefetch->rate ?
 					   1 : NBDCOW_PREFETCH_DEPTH)) {
 			spin_unlock(&prefetch->lock);
@@ -881,7 +881,7 @@ static void update_limit(struct nbdcow_base *base)
 	list_for_each_entry(t, &base->targets, list)
 		limit = min(limit, READ_ONCE(t->cache_limit));
 	WRITE_ONCE(base->limit, limit);
-	trim(base);
+	cache_trim(base);
 }
 
 /**

@@ -29,24 +29,24 @@
  * Data path
  * ---------
  * map() runs in the submitter's context and may sleep for locks and memory. It
- * serves blocks from RAM one after the other and completes the bio; where a
- * run in state BASE begins, it accepts what it has done and gets the rest in
- * another bio. It never waits for I/O of its own: the block layer only queues
- * what is submitted in map(), so that would be waiting for oneself. Four things
- * go on outside of map():
- *  - a read of the base may span a few blocks that are elsewhere, since that costs
- *    less than a request for each part; when it has ended, a work adds them;
- *  - a partial write of a BASE block needs the base's content: rmw.c reads it
- *    and installs the block from a work, unless the cache has it;
- *  - a block that is swapped out, and a write that found no memory, go to a
- *    work of the bio's own (nbdcow_defer());
- *  - so does all removal of blocks, since punching may have to swap in.
+ * serves blocks that are in RAM one after another and completes the bio. Where a
+ * run in state BASE begins, it accepts what is done and lets the core submit the
+ * rest as another bio. It never waits for I/O: what is submitted inside map() is
+ * only queued on current->bio_list, so it would wait for itself. Done elsewhere,
+ * therefore, are
+ *  - the end of a read of the base that spans a few blocks which are elsewhere,
+ *    because that costs less than a request for each part: a work adds them;
+ *  - a partial write of a BASE block: rmw.c reads the base and installs the block
+ *    from a work, unless the cache has it;
+ *  - blocks that are on swap, and writes that found no memory: a work of the bio's
+ *    own goes on with it (nbdcow_defer());
+ *  - the removal of blocks, since punching may swap in: likewise.
  * Flushes have nothing to do and FUA means nothing: the overlay is volatile on
  * purpose.
  *
- * Under REQ_NOWAIT every lock is tried, memory is asked for with GFP_NOWAIT,
- * and whatever would sleep ends the bio with BLK_STS_AGAIN, unless a part of it
- * is under way already.
+ * Under REQ_NOWAIT locks are only tried, memory is allocated with GFP_NOWAIT, and
+ * what would sleep ends the bio with BLK_STS_AGAIN. Only the last piece of such a
+ * bio may complete asynchronously, see may_go_async(). Nothing is polled for.
  *
  * The base
  * --------
@@ -87,19 +87,20 @@
  *
  * Reading without locks, rewriting with the page lock only
  * -------------------------------------------------------
- * Find the page with a reference (a rewrite also tries its lock), then look at
- * the state, copy. What if meanwhile, or before the look,
+ * Look the page up and take a reference (a rewrite also tries its lock), then load
+ * the state, then copy. What if, before or between these steps,
  *  - the block is discarded: the state changes before the page goes. Found
  *    OVERLAY, the page was the block's; the discard is concurrent, and either
  *    order is right.
  *  - it is discarded and installed anew: the page may be the new one, not yet
  *    filled, but it entered the file only after the discard had changed the
  *    state. OVERLAY at the look then means that it is filled.
- *  - another block of a large page is discarded, and all of the page goes, and
- *    this block is installed for the first time: the page that was found never had
- *    it. So a reader looks last whether the page is still the file's; a rewrite has
- *    seen that under the page lock. Thus a large page needs to be looked up only
- *    once for all blocks of a request that are in it.
+ *  - another block of a large page is discarded, the whole page goes with it, and
+ *    this block is then installed for the first time, in a new page: the old page
+ *    never held it, though the state says OVERLAY. So a reader checks after the state
+ *    that the page is still the file's (nbdcow_store_has()); a rewrite has checked
+ *    that under the page lock. This is what lets a large page be looked up once for
+ *    all blocks of a request.
  *  - the overlay is reset: page and state come from one layer, under RCU.
  *    Nothing is installed in a layer that has been replaced, and its pages are
  *    freed only after a grace period.
@@ -120,27 +121,25 @@
  *
  * Reads that span blocks in several states
  * ----------------------------------------
- * What the base has in those blocks is in the bio's pages when its read ends, and
- * states may have changed meanwhile. So they are looked at only then: BASE keeps
- * what was read, which is right however often the block changed before, as the base
- * does not; all else is read as in map(). If the base fails, what it was asked for
- * in vain must not matter: each run of blocks in state BASE is read by itself then,
- * one after the other, and only that decides. A run found in state BASE that was not
- * read, because a reset came after the failure, is read then, too.
+ * When such a read ends, the bio's pages hold the base's content of all blocks it
+ * spans. Only now are states looked at: a block in state BASE keeps what was read,
+ * which is right however often it changed before, as the base does not; any other is
+ * read as in map(). An error may come from blocks that were read only to bridge a
+ * gap, so each run in state BASE is then read again by itself, and only that result
+ * counts. A run that is BASE now but was not read, because a reset came in between,
+ * is read as well.
  *
  * Views
  * -----
  * A view (view.c) shows the overlay as it was at one instant, while the device
  * goes on. Its freeze holds all shard locks: it copies the map, and keeps the
- * layer from going with a reset. From then on a block that was OVERLAY is copied
- * to the view's own file before it changes, under the page locks, and is then
- * "saved"; what a view needs is looked at once for each view and change:
- *  - a rewrite without the shard lock looks under the page lock, and leaves
- *    blocks that are needed to one with it. If it saw no view, then its bytes are
- *    there before anybody can read the page for the view: it came before.
+ * layer from going with a reset. Before a block that was OVERLAY then changes, it is
+ * copied to the view's own file, under both page locks, and is "saved" from there on:
+ *  - a rewrite with the page lock only looks under it whether a view needs the
+ *    block, and if so goes the way through the shard lock. If none does, its bytes are
+ *    in the page before any view can lock it: it came before the freeze.
  *  - a rewrite under the shard lock excludes the freeze, and changes the page
- *    only after the block was saved; the look for rewrites without the shard lock
- *    lets them pass only then, too.
+ *    only after the block was saved.
  *  - a discard holds the shard lock for write and saves before the state changes.
  *  - a reset leaves the view its layer, which nobody changes any more.
  *  - a reader of a block that is not saved locks the page, and looks again.
@@ -378,6 +377,7 @@ static int nbdcow_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	t->overlay = ov;
 
 	ti->num_discard_bios = 1;
+	/* One, not duplicates, of which dm_accept_partial_bio() may not take a part. */
 	ti->num_write_zeroes_bios = 1;
 	ti->discards_supported = true;
 	ti->per_io_data_size = sizeof(struct nbdcow_io);
@@ -456,7 +456,10 @@ static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
 static struct target_type nbdcow_target_type = {
 	.name = "nbdcow",
 	.version = { 1, 0, 0 },
-	/* Alone in its table, so that no other line opens the base for writing. */
+	/*
+	 * Alone in its table: another line that opens the base for writing would make
+	 * the core open it anew, for both.
+	 */
 	.features = DM_TARGET_SINGLETON | DM_TARGET_NOWAIT,
 	.module = THIS_MODULE,
 	.ctr = nbdcow_ctr,

@@ -8,7 +8,7 @@
 #include "compat.h"
 #include "nbdcow.h"
 
-/* To read so much of the base in vain costs no more than another request. */
+/* To read this many sectors that are not needed costs less than a second request. */
 #define NBDCOW_SPAN_SECTORS	(4 * NBDCOW_BLOCK_SECTORS)
 
 /* How long failed reads of the base wait before one tries again. */
@@ -135,7 +135,7 @@ char nbdcow_extent(struct dm_target *ti, u64 block, u64 max, u64 *run)
 }
 
 /* The first @sectors of a bio are done or taken; let the core send the rest. */
-static void accept(struct bio *bio, unsigned int sectors)
+static void accept_sectors(struct bio *bio, unsigned int sectors)
 {
 	if (sectors < bio_sectors(bio))
 		dm_accept_partial_bio(bio, sectors);
@@ -163,11 +163,11 @@ bool nbdcow_accept_async(struct bio *bio, unsigned int sectors)
 {
 	if (!may_go_async(bio, sectors))
 		return false;
-	accept(bio, sectors);
+	accept_sectors(bio, sectors);
 	return true;
 }
 
-static int finish(struct bio *bio, int error)
+static int finish_bio(struct bio *bio, int error)
 {
 	nbdcow_bio_complete(bio, error);
 	return DM_MAPIO_SUBMITTED;
@@ -179,7 +179,7 @@ static void count_read(unsigned long __percpu *from, unsigned int sectors)
 }
 
 /* Keep what it takes to go on with a read when the base has done its part. */
-static struct nbdcow_io *remember(struct nbdcow_target *t, struct bio *bio)
+static struct nbdcow_io *remember_read(struct nbdcow_target *t, struct bio *bio)
 {
 	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
 
@@ -192,10 +192,10 @@ static struct nbdcow_io *remember(struct nbdcow_target *t, struct bio *bio)
 	return io;
 }
 
-static void remap(struct nbdcow_target *t, struct bio *bio)
+static void remap_to_base(struct nbdcow_target *t, struct bio *bio)
 {
 	if (unlikely(READ_ONCE(t->queue_errors)) && !bio->bi_private)
-		remember(t, bio);	/* may be tried again */
+		remember_read(t, bio);	/* may be tried again */
 	count_read(&t->overlay->stats->base, bio_sectors(bio));
 	bio_set_dev(bio, t->dev->bdev);
 	bio->bi_iter.bi_sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
@@ -212,7 +212,7 @@ void nbdcow_read_base(struct bio *bio)
 	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
 
 	bio->bi_opf &= ~REQ_NOWAIT;
-	remap(io->t, bio);
+	remap_to_base(io->t, bio);
 	submit_bio_noacct(bio);
 }
 
@@ -269,7 +269,7 @@ static int map_uncached(struct nbdcow_target *t, struct bio *bio,
 	if (!gap || fills_cache(t, bio)) {
 		ret = nbdcow_cache_fetch(t, bio, *sectors);
 		if (ret == -EAGAIN)
-			return finish(bio, ret);
+			return finish_bio(bio, ret);
 		if (ret != -ENOENT)
 			return ret;
 	}
@@ -282,8 +282,8 @@ static int map_uncached(struct nbdcow_target *t, struct bio *bio,
  * How far to read the base in one go, when *@sectors from @sector on are in state
  * BASE: on across short gaps, but no more in vain than is needed.
  */
-static unsigned int span(struct nbdcow_target *t, sector_t sector,
-			 unsigned int sectors, unsigned int max)
+static unsigned int span_gaps(struct nbdcow_target *t, sector_t sector,
+			      unsigned int sectors, unsigned int max)
 {
 	unsigned int spare = sectors, end = sectors, at = sectors, n;
 
@@ -304,7 +304,7 @@ static unsigned int span(struct nbdcow_target *t, sector_t sector,
 /* Go on with a read outside of map(), the base has none of it yet. */
 static int defer_read(struct nbdcow_target *t, struct bio *bio)
 {
-	struct nbdcow_io *io = remember(t, bio);
+	struct nbdcow_io *io = remember_read(t, bio);
 
 	io->mixed = true;
 	io->got = 0;
@@ -318,14 +318,14 @@ static int map_base(struct nbdcow_target *t, struct bio *bio,
 	struct nbdcow_io *io;
 
 	if (!nbdcow_accept_async(bio, sectors))
-		return finish(bio, -EAGAIN);
+		return finish_bio(bio, -EAGAIN);
 	if (sectors > sure) {
-		io = remember(t, bio);
+		io = remember_read(t, bio);
 		io->mixed = true;
 		io->spans = true;
 		io->got = bio->bi_iter.bi_size;
 	}
-	remap(t, bio);
+	remap_to_base(t, bio);
 	return DM_MAPIO_REMAPPED;
 }
 
@@ -359,7 +359,7 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 					return ret;
 				return map_base(t, bio, n, n);
 			}
-			return map_base(t, bio, span(t, sector, n, total), n);
+			return map_base(t, bio, span_gaps(t, sector, n, total), n);
 		case NBDCOW_ZERO:
 			nbdcow_zero_bio(bio, &iter, n << SECTOR_SHIFT);
 			done += n;
@@ -383,11 +383,11 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 					goto out;
 				n = piece.bytes >> SECTOR_SHIFT;
 				if (!nbdcow_accept_async(bio, n))
-					return finish(bio, -EAGAIN);
+					return finish_bio(bio, -EAGAIN);
 				return defer_read(t, bio);
 			}
 			if (ret)
-				return finish(bio, ret);
+				return finish_bio(bio, ret);
 			count_read(&t->overlay->stats->overlay,
 				   piece.bytes >> SECTOR_SHIFT);
 			iter = piece.iter;
@@ -396,8 +396,8 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 		}
 	}
 out:
-	accept(bio, done);
-	return finish(bio, 0);
+	accept_sectors(bio, done);
+	return finish_bio(bio, 0);
 }
 
 /* A read of one block, that being what most are; otherwise map_read() does it. */
@@ -414,7 +414,7 @@ static int map_read_block(struct nbdcow_target *t, struct bio *bio)
 		if (sector + n > t->overlay->base_sectors ||
 		    uses_cache(t, bio) || rcu_access_pointer(t->base->holes))
 			break;
-		remap(t, bio);
+		remap_to_base(t, bio);
 		return DM_MAPIO_REMAPPED;
 	case NBDCOW_OVERLAY: {
 		struct nbdcow_piece piece;
@@ -423,7 +423,7 @@ static int map_read_block(struct nbdcow_target *t, struct bio *bio)
 		if (!nbdcow_overlay_copy(t->overlay, &piece, piece.bytes))
 			break;
 		count_read(&t->overlay->stats->overlay, n);
-		return finish(bio, 0);
+		return finish_bio(bio, 0);
 	}
 	default:
 		break;
@@ -491,19 +491,19 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 			if (done)
 				break;
 			if (!nbdcow_accept_async(bio, n))
-				return finish(bio, -EAGAIN);
+				return finish_bio(bio, -EAGAIN);
 			if (ret == -EINPROGRESS)
 				return nbdcow_defer(t, bio);
 			nbdcow_rmw_submit(t, bio);
 			return DM_MAPIO_SUBMITTED;
 		}
 		if (ret)
-			return finish(bio, ret);
+			return finish_bio(bio, ret);
 		iter = piece.iter;
 		done += n;
 	}
-	accept(bio, done);
-	return finish(bio, 0);
+	accept_sectors(bio, done);
+	return finish_bio(bio, 0);
 }
 
 /*
@@ -536,20 +536,20 @@ static int map_zero(struct nbdcow_target *t, struct bio *bio)
 		if (first >= last || first * NBDCOW_BLOCK_SECTORS > start) {
 			end = min_t(sector_t, end, (nbdcow_block(start) + 1) *
 						   NBDCOW_BLOCK_SECTORS);
-			accept(bio, end - start);
+			accept_sectors(bio, end - start);
 			return map_write(t, bio);
 		}
-		accept(bio, min_t(sector_t, end, last * NBDCOW_BLOCK_SECTORS) -
+		accept_sectors(bio, min_t(sector_t, end, last * NBDCOW_BLOCK_SECTORS) -
 			    start);
 	}
-	return first < last ? nbdcow_defer(t, bio) : finish(bio, 0);
+	return first < last ? nbdcow_defer(t, bio) : finish_bio(bio, 0);
 }
 
 /*
  * Outside of map()
  */
 
-/* A read comes back from the base: what the queue there noted in it is not ours. */
+/* Undo what submitting a read to the base has changed in it: its flags and device. */
 static void take_back(struct nbdcow_io *io, struct bio *bio)
 {
 	bio->bi_flags = io->flags;
@@ -585,7 +585,7 @@ static unsigned int copy_stored(struct nbdcow_target *t, struct bio *bio,
 	return bytes;
 }
 
-/* Likewise at least one, and wait for it: at most *@bytes, then how many. */
+/* Read at least one stored block, from swap if need be; *@bytes at most, then in all. */
 static int work_read_stored(struct nbdcow_target *t, struct bio *bio,
 			    struct bvec_iter *iter, unsigned int *bytes)
 {
@@ -723,9 +723,9 @@ int nbdcow_defer(struct nbdcow_target *t, struct bio *bio)
 }
 
 /*
- * Failed reads of the base that wait for its return. One a second tries again,
- * or all when the last read of the base came through. A suspend that does not flush gives them back
- * to the core, which sends them to the next table; any other lets them fail.
+ * Failed reads of the base that wait (queue_errors). Once a second one of them is tried
+ * again; all are, once a read of the base has succeeded. A suspend without flush hands
+ * them back to the core for the next table, any other suspend fails them.
  */
 
 static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
@@ -778,7 +778,7 @@ void nbdcow_base_failed(struct nbdcow_target *t, struct bio *bio,
 	bio_endio(bio);
 }
 
-static void retry(struct nbdcow_target *t, struct bio *bio)
+static void retry_bio(struct nbdcow_target *t, struct bio *bio)
 {
 	struct nbdcow_io *io = dm_per_bio_data(bio, sizeof(*io));
 
@@ -817,7 +817,7 @@ static void retry_work(struct work_struct *work)
 
 	take_queued(t, &bios, !READ_ONCE(t->base_failed));
 	while ((bio = bio_list_pop(&bios)))
-		retry(t, bio);
+		retry_bio(t, bio);
 	if (READ_ONCE(t->nr_queued))
 		queue_delayed_work(nbdcow_base_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 }
@@ -852,7 +852,6 @@ void nbdcow_queue_errors(struct nbdcow_target *t, bool on)
 	if (!on)
 		end_queued(t);
 }
-
 
 static void close_queue(struct nbdcow_target *t, bool closed)
 {

@@ -106,7 +106,7 @@ static void emit_table(struct nbdcow_target *t, char *result,
 		DMEMIT(" queue_errors");
 }
 
-static const char *health(struct nbdcow_target *t)
+static const char *health_name(struct nbdcow_target *t)
 {
 	if (READ_ONCE(t->base_failed) ||
 	    bdev_nr_sectors(t->dev->bdev) < t->overlay->base_sectors)
@@ -190,7 +190,7 @@ static void emit_info(struct nbdcow_target *t, char *result,
 	refused = atomic_long_read(&ov->refused);
 	errors = atomic_long_read(&ov->base_errors);
 
-	DMEMIT("%s", health(t));
+	DMEMIT("%s", health_name(t));
 	sz = emit_part(result, maxlen, sz, used, READ_ONCE(ov->limit));
 	DMEMIT(" %ld %ld %zu %ld %ld", peak, zeroed, metadata, refused, errors);
 
@@ -424,6 +424,7 @@ int nbdcow_extents(struct dm_target *ti, unsigned int argc, char **argv,
 		return -ERANGE;
 	}
 	count = min(count, blocks - block);
+	/* The core's buffer for the answer is that of the words: they are gone now. */
 	*result = '\0';
 	while (count) {
 		last = kind;

@@ -24,7 +24,7 @@
 #define NBDCOW_BLOCK_BYTES	4096U
 #define NBDCOW_BLOCK_SECTORS	(NBDCOW_BLOCK_BYTES >> SECTOR_SHIFT)
 #define NBDCOW_NO_LIMIT		ULONG_MAX
-/* 2 MiB, the largest page that a file is asked to have. */
+/* A huge page of tmpfs, where pages have 4 KiB. */
 #define NBDCOW_HUGE_BLOCKS	512U
 /* 8 PiB: the map's table has 1 GiB then, and file offsets fit everywhere. */
 #define NBDCOW_MAX_BLOCKS	min_t(u64, 1ULL << 41, \
@@ -123,7 +123,7 @@ struct nbdcow_base {
 	struct nbdcow_map __rcu *holes; /* ZERO: known to be; under mutex */
 	struct mutex mutex;	/* limit, targets, holes */
 	struct list_head targets; /* that have a say in limit; under mutex */
-	struct kref kref;	/* one per target and fetch; under bases_mutex */
+	struct kref kref;	/* one per target and fetch; the last goes under bases_mutex */
 	struct list_head list;	/* all bases; under bases_mutex */
 };
 

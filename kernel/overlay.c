@@ -6,6 +6,7 @@
 #include <linux/memcontrol.h>
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/wait_bit.h>
 
@@ -222,7 +223,7 @@ static bool add_below(atomic_long_t *counter, unsigned long limit)
 	return true;
 }
 
-static bool reserve(struct nbdcow_overlay *ov, struct nbdcow_layer *layer)
+static bool reserve_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer)
 {
 	long used, peak;
 
@@ -240,7 +241,7 @@ static bool reserve(struct nbdcow_overlay *ov, struct nbdcow_layer *layer)
 	return true;
 }
 
-static void unreserve(struct nbdcow_layer *layer, unsigned long blocks)
+static void unreserve_blocks(struct nbdcow_layer *layer, unsigned long blocks)
 {
 	atomic_long_sub(blocks, &layer->used);
 	atomic_long_sub(blocks, &nbdcow_total_used);
@@ -328,7 +329,7 @@ static bool view_needs(struct nbdcow_view *view, struct nbdcow_layer *layer,
 	       nbdcow_map_state(view->saved, block) != NBDCOW_OVERLAY;
 }
 
-/* Does any? */
+/* Does any view need the block as it is? Likewise. */
 static bool is_viewed(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 		      u64 block)
 {
@@ -358,7 +359,7 @@ static bool read_found(struct nbdcow_layer *layer, struct nbdcow_piece *piece,
 	return true;
 }
 
-/* Likewise rewrite it, if the page can be locked at once and no view needs it. */
+/* Rewrite a block in the page found for it, if that can be locked and no view needs it. */
 static bool rewrite_found(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			  struct nbdcow_piece *piece, struct page *page)
 {
@@ -603,8 +604,8 @@ static void fill_and_publish(struct nbdcow_layer *layer,
 		nbdcow_map_change(layer->map, piece->block, 1, NBDCOW_OVERLAY);
 }
 
-static int rewrite(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
-		   struct nbdcow_piece *piece)
+static int rewrite_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
+			 struct nbdcow_piece *piece)
 {
 	struct page *page;
 	int ret;
@@ -631,7 +632,7 @@ static struct page *get_new(struct nbdcow_overlay *ov,
 	struct page *page;
 
 	piece->new_block = true;
-	if (!reserve(ov, layer))
+	if (!reserve_block(ov, layer))
 		return ERR_PTR(-EDQUOT);
 
 	old_memcg = set_active_memcg(ov->memcg);
@@ -645,7 +646,7 @@ static struct page *get_new(struct nbdcow_overlay *ov,
 	if (page == ERR_PTR(-EDQUOT))
 		page = ERR_PTR(-ENOSPC);
 	if (IS_ERR(page))
-		unreserve(layer, 1);
+		unreserve_blocks(layer, 1);
 	return page;
 }
 
@@ -666,7 +667,7 @@ static int install_block(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	state = nbdcow_map_state(layer->map, piece->block);
 	if (state == NBDCOW_OVERLAY) {	/* another installer was faster */
 		mutex_unlock(lock);
-		return rewrite(ov, layer, piece);
+		return rewrite_block(ov, layer, piece);
 	}
 	page = get_new(ov, layer, piece);
 	if (IS_ERR(page)) {
@@ -692,7 +693,7 @@ static int __overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece
 
 	state = nbdcow_map_state(layer->map, piece->block);
 	if (state == NBDCOW_OVERLAY)
-		return rewrite(ov, layer, piece);
+		return rewrite_block(ov, layer, piece);
 
 	zero = state == NBDCOW_ZERO || piece->base_is_zero;
 	if (zero && bio_op(piece->bio) == REQ_OP_WRITE_ZEROES) {
@@ -752,7 +753,8 @@ int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
  * @piece: which bytes
  * @action: nbdcow_overlay_read() or nbdcow_overlay_write()
  *
- * Once patience was in vain, nobody has any until a new block could be stored.
+ * After one request has waited in vain, others do not wait until a new block could be
+ * stored.
  *
  * Context: process context, not in map(); sleeps.
  * Return: as @action.
@@ -788,7 +790,7 @@ static bool stores_none(const struct nbdcow_map *map, u64 block, u64 end)
  * a block, and punching a part of one leaves the rest, so the last block of such a
  * range takes all of it along.
  */
-static void punch(struct nbdcow_layer *layer, u64 block, unsigned long count)
+static void punch_blocks(struct nbdcow_layer *layer, u64 block, unsigned long count)
 {
 	static const u64 units[] = {
 		PAGE_SIZE / NBDCOW_BLOCK_BYTES, NBDCOW_HUGE_BLOCKS
@@ -837,8 +839,8 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 
 	/* The state first: nobody may look for a page that is going. */
 	if (stored) {
-		punch(layer, block, count);
-		unreserve(layer, stored);
+		punch_blocks(layer, block, count);
+		unreserve_blocks(layer, stored);
 		WRITE_ONCE(ov->store_full, false);
 	}
 	return 0;
@@ -925,7 +927,7 @@ int nbdcow_overlay_reset(struct nbdcow_overlay *ov)
 	WRITE_ONCE(ov->store_full, false);
 	/* What is about to be freed is in nobody's way. */
 	if (list_empty(&ov->views))
-		unreserve(old, atomic_long_read(&old->used));
+		unreserve_blocks(old, atomic_long_read(&old->used));
 	old->overlay = ov;
 	atomic_inc(&ov->dying);
 	INIT_RCU_WORK(&old->work, layer_work);
@@ -1182,6 +1184,7 @@ struct nbdcow_overlay *nbdcow_overlay_get(struct dm_target *ti,
 	u64 nr_blocks = DIV_ROUND_UP_ULL(ti->len, NBDCOW_BLOCK_SECTORS);
 	struct mapped_device *md = dm_table_get_md(ti->table);
 	struct nbdcow_overlay *ov;
+	struct file *file = NULL;
 	unsigned int noio;
 	int ret;
 

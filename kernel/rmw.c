@@ -6,8 +6,7 @@
  * Each block in work has one descriptor, found by a hash; further partial
  * writes to it join while its read is under way. The descriptors are bounded:
  * a bio that finds none waits in a list, and whoever frees one starts it, so
- * that map() never waits. A few are kept in reserve, so that the list always
- * moves.
+ * that map() never waits. One is kept in reserve, so that the list always moves.
  */
 #include <linux/hash.h>
 #include <linux/mm.h>

@@ -63,7 +63,7 @@ static gfp_t file_gfp(struct file *file, enum nbdcow_context context)
 }
 
 /* tmpfs asks for new pages as nbdcow_store_new() would. */
-static struct file *set_up(struct file *file)
+static struct file *set_up_file(struct file *file)
 {
 	if (IS_ERR(file))
 		return file;
@@ -90,7 +90,7 @@ struct file *nbdcow_store_create(const char *dir, char **error)
 					mk_vma_flags(VMA_NORESERVE_BIT));
 		if (IS_ERR(file))
 			*error = "Cannot create the overlay's file";
-		return set_up(file);
+		return set_up_file(file);
 	}
 
 	ret = kern_path(dir, LOOKUP_FOLLOW | LOOKUP_DIRECTORY, &path);
@@ -109,7 +109,7 @@ struct file *nbdcow_store_create(const char *dir, char **error)
 			*error = "tmpfs: cannot create the overlay's file there";
 	}
 	path_put(&path);
-	return set_up(file);
+	return set_up_file(file);
 }
 
 /**
@@ -121,7 +121,7 @@ struct file *nbdcow_store_create(const char *dir, char **error)
  */
 struct file *nbdcow_store_another(struct file *file)
 {
-	return set_up(shmem_file_setup_with_mnt(file->f_path.mnt, "dm-nbdcow",
+	return set_up_file(shmem_file_setup_with_mnt(file->f_path.mnt, "dm-nbdcow",
 						NBDCOW_STORE_BYTES,
 						mk_vma_flags(VMA_NORESERVE_BIT)));
 }

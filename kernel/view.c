@@ -192,7 +192,14 @@ static char view_extent(struct dm_target *ti, u64 block, u64 max, u64 *run)
 {
 	struct view_target *v = ti->private;
 
-	return "boz"[nbdcow_view_state(v->view, block, max, run)];
+	switch (nbdcow_view_state(v->view, block, max, run)) {
+	case NBDCOW_OVERLAY:
+		return 'o';
+	case NBDCOW_ZERO:
+		return 'z';
+	default:
+		return 'b';
+	}
 }
 
 static int view_message(struct dm_target *ti, unsigned int argc, char **argv,
