@@ -861,6 +861,9 @@ commit_to_file()
 	wait_until 10 not_attached
 	truncate -s 2M short.img
 	says 1 'fewer than the' cowctl commit test-cow to=short.img
+	# with nowhere to say it
+	cowctl commit test-cow to=short.img 2>&- || is 'the status' $? 1
+	cmp -n 2M short.img /dev/zero
 	cowctl commit test-cow to=copy.img --json >report
 	is 'the report' "$(jq -c 'keys' report)" '["file","name","written","zeroed"]'
 	cmp copy.img $COW

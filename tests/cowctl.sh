@@ -35,6 +35,7 @@ copy_of_a_device()
 	is 'export' "$(member export test-cow)" null
 	is 'the list' "$(cowctl list --json | jq -c '.[] | select(.name == "test-cow")')" \
 		"$(cowctl status test-cow --json | jq -c .)"
+	says 1 'cannot write the output: Bad file descriptor' bash -c 'cowctl list >&-'
 
 	# copies share their base
 	cowctl create "$REPLY" test-cow2

@@ -4,6 +4,7 @@
  * checks and help.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <signal.h>
 #include <stdio.h>
@@ -420,6 +421,19 @@ static char **cut_off_command(int *argc, char **argv)
 	return NULL;
 }
 
+/* What is opened must not get the place of a closed output, and what is said be written to it. */
+static void fill_closed(void)
+{
+	int fd;
+
+	/* For reading only, so that it is noticed when output is lost. */
+	do
+		fd = open("/dev/null", O_RDONLY);
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -435,6 +449,7 @@ int main(int argc, char **argv)
 	sigset_t all;
 	int c, err;
 
+	fill_closed();
 	/* Who started us may have had it ignored; then nobody's status could be waited for. */
 	signal(SIGCHLD, SIG_DFL);
 	opterr = 0;
