@@ -277,6 +277,7 @@ parts_of_prefetches()
 	says 2 'rate=100 is no size' cowctl prefetch test-cow rate=100
 	says 2 'takes no keys' cowctl prefetch test-cow stop rate=1M
 	says 3 'there is no device' cowctl prefetch test-cno
+	says 1 'cannot write the output' bash -c 'cowctl prefetch test-cow >/dev/full'
 	prefetch 0 --json test-cow
 	is 'what it printed' "$(jq -r .prefetch.state "$work/out")" 'done'
 }
