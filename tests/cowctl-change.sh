@@ -103,6 +103,8 @@ maps_partitions()
 	mount ${COW}p2 "$work/mnt"
 	says 4 "test-cowp2 is mounted on $work/mnt" cowctl remove test-cow
 	says 4 "test-cowp2 is mounted on $work/mnt" cowctl reset test-cow
+	says 4 "test-cowp2 is mounted on $work/mnt" cowctl set test-cow partitions=false
+	is 'partitions' "$(partitions test-cow | jq length)" 2
 	cowctl export test-cow 2>&1 | grep "^cowctl: test-cow is mounted on $work/mnt; a client"
 	cowctl unexport test-cow
 	umount "$work/mnt"

@@ -109,12 +109,15 @@ static int switch_cow_on_read(const struct args *args, const struct cow *cow,
 static int refresh_parts(const struct args *args, const struct cow *cow, bool wanted)
 {
 	struct part *parts;
-	bool there = parts_find(cow, &parts) > 0;
+	int n;
 
+	if (args->value[KEY_PARTITIONS] && !wanted) {
+		n = check_parts_closed(cow, "");
+		return n > 0 ? parts_unmap(cow->path) : n;
+	}
+	n = parts_find(cow, &parts);
 	free(parts);
-	if (args->value[KEY_PARTITIONS])
-		return wanted ? parts_map(cow->path, false) : there ? parts_unmap(cow->path) : 0;
-	return there && args->value[KEY_SIZE] ? parts_map(cow->path, false) : 0;
+	return wanted || (n && args->value[KEY_SIZE]) ? parts_map(cow->path, false) : 0;
 }
 
 /* What cannot be undone comes last. */

@@ -774,8 +774,8 @@ int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
 	return -EBUSY;
 }
 
-/* Return: 0 when nobody has the device open, except as unused partitions of it. */
-int check_closed(const struct args *args, const struct cow *cow, const char *hint)
+/* Return: how many partitions have devices, when nobody has one of these open. */
+int check_parts_closed(const struct cow *cow, const char *hint)
 {
 	struct part *parts;
 	int n = parts_find(cow, &parts), err = 0;
@@ -790,7 +790,15 @@ int check_closed(const struct args *args, const struct cow *cow, const char *hin
 		err = fail_busy(&part_args, &part, hint);
 	}
 	free(parts);
-	return err ? err : cow->open_count > n ? fail_busy(args, cow, hint) : 0;
+	return err ?: n;
+}
+
+/* Return: 0 when nobody has the device open, except as unused partitions of it. */
+int check_closed(const struct args *args, const struct cow *cow, const char *hint)
+{
+	int n = check_parts_closed(cow, hint);
+
+	return n < 0 ? n : cow->open_count > n ? fail_busy(args, cow, hint) : 0;
 }
 
 static int remove_locked(const struct args *args)

@@ -380,6 +380,7 @@ char *mounted_on(dev_t dev);
 bool stands_on(const char *name, dev_t upper, void *lower);
 char *base_source(const struct cow *cow);
 int fail_busy(const struct args *args, const struct cow *cow, const char *hint);
+int check_parts_closed(const struct cow *cow, const char *hint);
 int check_closed(const struct args *args, const struct cow *cow, const char *hint);
 int reset_device(const struct args *args, const struct cow *cow, bool force);
 
