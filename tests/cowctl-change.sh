@@ -106,6 +106,7 @@ maps_partitions()
 	says 4 "test-cowp2 is mounted on $work/mnt" cowctl set test-cow partitions=false
 	is 'partitions' "$(partitions test-cow | jq length)" 2
 	cowctl export test-cow 2>&1 | grep "^cowctl: test-cow is mounted on $work/mnt; a client"
+	says 4 'is already exported' cowctl export test-cow
 	cowctl unexport test-cow
 	umount "$work/mnt"
 	exec 7<${COW}p1

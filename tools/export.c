@@ -454,9 +454,10 @@ int export_start(const struct cow *cow, const struct args *args)
 	char *plugin;
 	int err = choose_server(args, &server, &plugin);
 
-	warn_if_mounted(cow);
 	if (!err)
 		err = start(cow, args, server, plugin);
+	if (!err)
+		warn_if_mounted(cow);
 	free(plugin);
 	return err;
 }
