@@ -373,9 +373,8 @@ int cmd_rebase(const struct args *args)
 	bool force, holes;
 	int err, lock;
 
-	if (!args->value[KEY_BASE])
-		return fail(-EINVAL, "rebase: base= is missing; see \"cowctl help rebase\"");
-	err = parse_flag(args, KEY_FORCE, false, &force) ?:
+	err = need_base(args, "rebase") ?:
+	      parse_flag(args, KEY_FORCE, false, &force) ?:
 	      parse_flag(args, KEY_HOLES, true, &holes);
 	if (err)
 		return err;

@@ -246,6 +246,17 @@ void close_base(struct base *base)
 	base->lock = -1;
 }
 
+/* Return: 0 when base= is given, which @command needs. */
+int need_base(const struct args *args, const char *command)
+{
+	if (args->value[KEY_BASE])
+		return 0;
+	if (args->named && !access(args->name, F_OK))
+		return fail(-EINVAL, "%s: base= is missing; did you mean base=%s?", command,
+			    args->name);
+	return fail(-EINVAL, "%s: base= is missing; see \"cowctl help %s\"", command, command);
+}
+
 /* A key that takes a size, a part of the RAM or none; none where it is not given. */
 int parse_blocks(const struct args *args, enum key key, uint64_t *blocks)
 {
@@ -702,9 +713,7 @@ int cmd_create(const struct args *args)
 	struct shape shape;
 	int lock, err;
 
-	if (!args->value[KEY_BASE])
-		return fail(-EINVAL, "create: base= is missing; see \"cowctl help create\"");
-	err = parse_shape(args, &shape);
+	err = need_base(args, "create") ?: parse_shape(args, &shape);
 	if (err)
 		return err;
 	lock = lock_name(args);

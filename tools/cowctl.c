@@ -317,7 +317,11 @@ static int parse_args(const struct command *command, char **words, struct args *
 		} else if (!command->no_name && !args->name) {
 			args->name = *words;
 		} else {
-			return fail(-EINVAL, "%s: one argument too many: %s", command->name,
+			bool base = command->keys & KEY(BASE) && !args->value[KEY_BASE];
+
+			return fail(-EINVAL, base ?
+				    "%s: one argument too many: %s; did you mean base=%s?" :
+				    "%s: one argument too many: %s", command->name, *words,
 				    *words);
 		}
 	}

@@ -353,6 +353,7 @@ int find_cow(const struct args *args, struct cow *cow);
 int check_base(const char *text);
 int open_base(const char *text, const char *slot, int lock_fd, struct base *base);
 void close_base(struct base *base);
+int need_base(const struct args *args, const char *command);
 int parse_blocks(const struct args *args, enum key key, uint64_t *blocks);
 int parse_flag(const struct args *args, enum key key, bool fallback, bool *flag);
 int parse_features(const struct args *args, struct cow_table *table, const char **watched);

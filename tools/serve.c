@@ -58,9 +58,8 @@ static int parse_args(struct server *server)
 	uint64_t blocks, clients;
 	int err;
 
-	if (!args->value[KEY_BASE])
-		return fail(-EINVAL, "serve: base= is missing; see \"cowctl help serve\"");
-	err = parse_flag(args, KEY_PER_CLIENT, false, &per_client) ?:
+	err = need_base(args, "serve") ?:
+	      parse_flag(args, KEY_PER_CLIENT, false, &per_client) ?:
 	      parse_flag(args, KEY_PER_EXPORT_NAME, false, &per_name) ?:
 	      parse_flag(args, KEY_COW_ON_READ, false, &flag) ?:
 	      parse_flag(args, KEY_COW_ON_CACHE, false, &flag) ?:

@@ -226,12 +226,15 @@ wrong_arguments()
 	wants 2 'no option -x' -x list &&
 	wants 2 'no option -xj' list -xj &&
 	wants 2 'no option -xj' --json -xj list &&
-	wants 2 'one argument too many: b' create a b &&
+	wants 2 'one argument too many: b; did you mean base=b' create a b &&
+	wants 2 'one argument too many: b$' create base=x a b &&
 	wants 2 'one argument too many: a' list a &&
 	wants 2 'does not know bse=; did you mean base=' create bse=x &&
 	wants 2 'does not know colour=' create colour=x &&
 	wants 2 'does not know base=' remove base=x &&
 	wants 2 'base= has no value' create base= &&
+	wants 2 'base= is missing; see' create a &&
+	wants 2 'base= is missing; did you mean base=Makefile' create Makefile &&
 	wants 2 'prefetch does not know stop=' prefetch stop=true &&
 	wants 2 'one argument too many: c' prefetch a stop c &&
 	wants 2 '--watch belongs to status, not to list' list --watch &&
