@@ -23,18 +23,19 @@ static const struct {
 	const char *help;
 } keys[KEY_COUNT + 1] = {
 	[KEY_BASE] = { "base", "BASE",
-		       "block device, image file, nbd://HOST[:PORT][/EXPORT]\n"
-		       "\t\t\t       or nbd+unix:///[EXPORT]?socket=PATH" },
+		       "block device, image file, or NBD export:\n"
+		       "\t\t\t       nbd://HOST[:PORT][/EXPORT],\n"
+		       "\t\t\t       nbd+unix:///[EXPORT]?socket=PATH" },
 	[KEY_LIMIT] = { "limit", "LIMIT",
-			"the most it may store: 4G, 25% (of the RAM) or none" },
-	[KEY_SIZE] = { "size", "SIZE", "size of the device; create: that of BASE by default" },
+			"the most it may store: 4G, 25% (of RAM) or none" },
+	[KEY_SIZE] = { "size", "SIZE", "of the device; that of BASE by default" },
 	[KEY_ROUND] = { "round", "up|down", "to blocks of 4096 bytes; down by default" },
 	[KEY_SOCKET] = { "socket", "PATH", "listen on this Unix socket" },
 	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
 	[KEY_ADDRESS] = { "address", "ADDRESS", "and on this address; 127.0.0.1 with port=" },
 	[KEY_SERVER] = { "server", "nbdcow|nbdkit|nbd-server",
-			 "what serves it; nbdcow by default, where it is" },
-	[KEY_FORCE] = { "force", "true|false", "although something speaks against it" },
+			 "what serves it; nbdcow by default, if installed" },
+	[KEY_FORCE] = { "force", "true|false", "even if something speaks against it" },
 	[KEY_COW_ON_READ] = { "cow-on-read", "true|false|PATH",
 			      "keep what is read from BASE in its cache;\n"
 			      "\t\t\t       PATH: while that exists (not with serve)" },
@@ -61,7 +62,7 @@ static const struct {
 	[KEY_OUTPUT] = { "output", "FILE.svg", "draw it into this file" },
 	[KEY_BACKING] = { "backing", "PATH", "what FILE is to stand on; BASE by default" },
 	[KEY_FORMAT] = { "format", "FORMAT", "format of what backing= names; raw by default" },
-	[KEY_TO] = { "to", "PATH", "block device or file to change, a copy of BASE" },
+	[KEY_TO] = { "to", "PATH", "block device or file with the content of BASE" },
 };
 
 static const struct command {
@@ -88,31 +89,31 @@ static const struct command {
 		.name = "remove",
 		.run = cmd_remove,
 		.usage = "[NAME]",
-		.help = "remove it, and all that was written to it",
+		.help = "remove a copy, and all that was written to it",
 	}, {
 		.name = "list",
 		.run = cmd_list,
 		.usage = "",
-		.help = "show all of them",
+		.help = "show all copies",
 		.no_name = true,
 	}, {
 		.name = "status",
 		.run = cmd_status,
 		.usage = "[NAME] [--prometheus] [--watch]",
-		.help = "show one of them in detail; with --watch what happens",
+		.help = "show one copy in detail; with --watch what happens",
 		.keys = KEY(SORT) | KEY(DELAY) | KEY(LOOKS),
 	}, {
 		.name = "top",
 		.run = cmd_top,
 		.usage = "[sort=used|rate|name] [delay=SECONDS] [count=NUMBER]",
-		.help = "watch all of them",
+		.help = "watch all copies",
 		.keys = KEY(SORT) | KEY(DELAY) | KEY(LOOKS),
 		.no_name = true,
 	}, {
 		.name = "wait",
 		.run = cmd_wait,
 		.usage = "[NAME] threshold=THRESHOLD [timeout=SECONDS] [-- COMMAND [ARG...]]",
-		.help = "wait until so much of it is used, then run COMMAND",
+		.help = "wait until so much of a copy is used, then run COMMAND",
 		.keys = KEY(THRESHOLD) | KEY(TIMEOUT),
 		.can_run = true,
 	}, {
@@ -124,7 +125,7 @@ static const struct command {
 		.name = "map",
 		.run = cmd_map,
 		.usage = "[NAME] [output=FILE.svg]",
-		.help = "draw where it was changed",
+		.help = "draw where a copy was changed",
 		.keys = KEY(OUTPUT),
 	}, {
 		.name = "diff",
@@ -137,52 +138,52 @@ static const struct command {
 		.name = "load",
 		.run = cmd_load,
 		.usage = "[NAME] FILE [force=true]",
-		.help = "change a fresh one as such an image has it",
+		.help = "make the changes of such an image in a fresh copy",
 		.keys = KEY(FORCE),
 		.takes_file = true,
 	}, {
 		.name = "commit",
 		.run = cmd_commit,
 		.usage = "[NAME] to=PATH [force=true]",
-		.help = "change a copy of BASE as it was changed",
+		.help = "write what was changed to a duplicate of BASE",
 		.keys = KEY(TO) | KEY(FORCE),
 	}, {
 		.name = "reset",
 		.run = cmd_reset,
 		.usage = "[NAME] [force=true]",
-		.help = "forget all that was written to it, keep the device",
+		.help = "forget all that was written to a copy",
 		.keys = KEY(FORCE),
 	}, {
 		.name = "set",
 		.run = cmd_set,
 		.usage = "[NAME] key=value...",
-		.help = "change it while it is in use",
+		.help = "change a copy while it is in use",
 		.keys = KEY(LIMIT) | KEY(SIZE) | KEY(COW_ON_READ) | KEY(COW_ON_CACHE) |
 			KEY(CACHE_LIMIT) | KEY(CACHE) | KEY(ON_BASE_ERROR) | KEY(PARTITIONS),
 	}, {
 		.name = "prefetch",
 		.run = cmd_prefetch,
 		.usage = "[NAME] [stop] [range=START-END] [rate=SIZE] [wait=false]",
-		.help = "read the base into its cache",
+		.help = "read the base of a copy into its cache",
 		.keys = KEY(RANGE) | KEY(RATE) | KEY(WAIT),
 		.can_stop = true,
 	}, {
 		.name = "rebase",
 		.run = cmd_rebase,
 		.usage = "[NAME] base=BASE [force=true] [holes=false]",
-		.help = "move it to another base of the same content",
+		.help = "move a copy to another base of the same content",
 		.keys = KEY(BASE) | KEY(FORCE) | KEY(HOLES),
 	}, {
 		.name = "export",
 		.run = cmd_export,
 		.usage = "[NAME] [socket=PATH | port=PORT address=ADDRESS] [server=SERVER]",
-		.help = "serve it over NBD",
+		.help = "serve a copy over NBD",
 		.keys = KEY(SOCKET) | KEY(PORT) | KEY(ADDRESS) | KEY(SERVER),
 	}, {
 		.name = "unexport",
 		.run = cmd_unexport,
 		.usage = "[NAME]",
-		.help = "stop serving it",
+		.help = "stop serving a copy",
 	}, {
 		.name = "serve",
 		.run = cmd_serve,
@@ -221,7 +222,8 @@ static void help_command(const struct command *command)
 		if (!(command->keys & (1U << i)))
 			continue;
 		text = xasprintf("%s=%s", keys[i].name, keys[i].value);
-		printf("  %-28s %s\n", text, keys[i].help);
+		printf("  %-28s%s%s\n", text, strlen(text) > 28 ? "\n\t\t\t       " : " ",
+		       keys[i].help);
 		free(text);
 	}
 	if (!command->no_name)

@@ -174,6 +174,17 @@ same_synopsis()
 	done
 }
 
+# On a terminal of 80 columns; the usage is as long as it is.
+help_fits()
+{
+	local command
+
+	for command in $(commands); do
+		! "$out/cowctl" help "$command" | grep -v '^Usage: ' | expand | grep '.\{81\}' ||
+			return
+	done
+}
+
 # Each object of the JSON is described: all its members, and no others.
 json_is_described()
 {
@@ -363,6 +374,7 @@ else
 fi
 check 'output that cannot be written is a failure' full_output
 check 'the manual page has the commands of the help' same_commands
+check 'the help fits into 80 columns' help_fits
 check 'the manual page has the options of the help' same_options
 check 'the manual page has the keys of the help of each command' same_keys
 check 'the manual page has the usage of each command' same_synopsis
