@@ -274,6 +274,8 @@ parts_of_prefetches()
 
 	says 2 'range=1M is not of the form' cowctl prefetch test-cow range=1M
 	says 2 'range=2M-1M is out of range' cowctl prefetch test-cow range=2M-1M
+	says 2 'range=8M- begins past the end of the base, which has 8388608 bytes' \
+		cowctl prefetch test-cow range=8M-
 	says 2 'rate=100 is no size' cowctl prefetch test-cow rate=100
 	says 2 'takes no keys' cowctl prefetch test-cow stop rate=1M
 	says 3 'there is no device' cowctl prefetch test-cno

@@ -45,9 +45,13 @@ static int parse(const struct args *args, struct prefetch *prefetch)
 
 static int start(const struct args *args, const struct cow *cow, const struct prefetch *prefetch)
 {
+	uint64_t base_bytes = cow->status.base_size_sectors * SECTOR_BYTES;
 	char rate[24] = "", *message;
 	int err;
 
+	if (base_bytes && prefetch->start_block * BLOCK_BYTES >= base_bytes)
+		return fail(-EINVAL, "range=%s begins past the end of the base, which has %" PRIu64
+			    " bytes", args->value[KEY_RANGE], base_bytes);
 	if (prefetch->kib_per_second)
 		snprintf(rate, sizeof(rate), " %" PRIu64, prefetch->kib_per_second);
 	message = xasprintf("prefetch %" PRIu64 " %" PRIu64 "%s", prefetch->start_block,
@@ -55,7 +59,7 @@ static int start(const struct args *args, const struct cow *cow, const struct pr
 	err = dm_ask(makedev(cow->major, cow->minor), message, NULL);
 	free(message);
 	if (err == -EBUSY)
-		return fail(err, "%s: a prefetch is under way; end it with \"prefetch %s stop\"",
+		return fail(err, "%s: a prefetch is under way; \"cowctl prefetch %s stop\" ends it",
 			    args->name, args->name);
 	return err ? fail(err == -EINVAL ? -EIO : err, "cannot prefetch %s: %s", args->name,
 			  strerror(-err)) : 0;
