@@ -59,7 +59,8 @@ _cowctl()
 	fi
 	if [[ $previous = "$command" && ! $command =~ ^(create|serve|list|top)$ ]]; then
 		# not for compgen -W, which would run what a name may have in it
-		while read -r line _; do
+		while read -r line; do
+			printf -v line %q "${line%%  *}"
 			[[ $line != "$word"* ]] || COMPREPLY+=("$line")
 		done < <(cowctl list 2>/dev/null | sed 1d)
 	fi

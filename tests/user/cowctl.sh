@@ -334,12 +334,23 @@ completes()
 	# The completion's own complaint: it is not called by readline.
 	# shellcheck disable=SC2016 # the inner shell's
 	got=$(PATH=$out:$PATH bash -c '. tools/cowctl.bash
+		cowctl()
+		{
+			if [ "$1" = list ]; then echo "$LIST"; else command cowctl "$@"; fi
+		}
 		COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
 		_cowctl
 		echo "${COMPREPLY[*]}"' bash cowctl "$@" 2>"$out/stderr")
 	[ "$got" = "$wanted" ] && return
 	echo "cowctl $* is completed by '$got', not '$wanted'"
 	return 1
+}
+
+# completes_names WANTED WORD...: where these copies are
+completes_names()
+{
+	LIST="$(printf '%-8s  %s\n' NAME SIZE lab '1.0 MiB' 'lab two' '1.0 MiB' "\$(id)" '1.0 MiB')" \
+		completes "$@"
 }
 
 completion()
@@ -351,6 +362,8 @@ completion()
 	completes 'truncate' wait cow -- trunc && completes '' wait cow -- true t && completes 'true false' create cow-on-cache = && completes 'down' create round = d &&
 	completes '/proc/tty' set cow cow-on-read = /proc/tt && completes '/proc/tty' create /proc/tt &&
 	completes 'stop' prefetch cow s && completes '--watch' status --w && completes '' list --w &&
+	completes_names 'lab lab\ two' remove l && completes_names 'lab\ two' status 'lab\ ' &&
+	completes_names '\$\(id\)' wait '\$' && completes_names 'limit=' create l &&
 	completes '--json' list --j && completes '--json' --j && completes '' nonsense x
 }
 
