@@ -8,7 +8,6 @@
 #include <inttypes.h>
 #include <json-c/json.h>
 #include <linux/fs.h>
-#include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,7 +36,7 @@ int lock_slot(const char *slot, enum lock how)
 	uint64_t hash = UINT64_C(14695981039346656037);
 	bool wait = how == LOCK_WAIT;
 	sigset_t set;
-	int fd;
+	int fd, err;
 
 	/* FNV-1a; two names of one hash merely wait for each other */
 	for (const char *s = slot; *s; s++)
@@ -49,15 +48,15 @@ int lock_slot(const char *slot, enum lock how)
 	stop_signals(&set);
 	if (wait)
 		sigprocmask(SIG_UNBLOCK, &set, NULL);
-	if (fd < 0 || fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) {
-		if (fd >= 0 && !wait && (errno == EAGAIN || errno == EACCES)) {
-			close(fd);
-			return -EBUSY;
-		}
-		return fail(-errno, "cannot lock " RUN_DIR "/lock: %m");
+	if (fd >= 0 && !fcntl(fd, wait ? F_OFD_SETLKW : F_OFD_SETLK, &lock)) {
+		sigprocmask(SIG_BLOCK, &set, NULL);
+		return fd;
 	}
-	sigprocmask(SIG_BLOCK, &set, NULL);
-	return fd;
+	err = -errno;
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0 && !wait && (err == -EAGAIN || err == -EACCES) ? -EBUSY :
+	       fail(err, "cannot lock " RUN_DIR "/lock: %s", strerror(-err));
 }
 
 int lock_name(const struct args *args)
