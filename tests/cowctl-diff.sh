@@ -571,6 +571,10 @@ odd_names()
 		cmp $COW $COW2
 		cowctl remove test-c2
 	done
+	mkdir $'d\xff'
+	is 'the files in a directory whose name is no text' "$(cd $'d\xff' && cp "$BASE" copy &&
+		(cowctl diff test-cow ./v --json; cowctl commit test-cow to=copy --json) |
+		jq -r .file | xargs)" './v copy'
 	cowctl diff test-cow "$PWD/x=y.qcow2" backing=nbd:x.img format=qcow2
 	is 'the backing file' "$(qemu-img info --output=json x=y.qcow2 |
 		jq -r '.["backing-filename"], .["backing-filename-format"]' | xargs)" './nbd:x.img qcow2'

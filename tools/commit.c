@@ -354,7 +354,10 @@ static void report_commit(const struct commit *commit)
 	path = realpath(commit->path, NULL);
 	object = json_object_new_object();
 	json_object_object_add(object, "name", json_object_new_string(commit->view.cow.name));
-	json_object_object_add(object, "file", json_object_new_string(path ?: commit->path));
+	/* Its directory may have a name that is no text. */
+	json_object_object_add(object, "file",
+			       json_object_new_string(path && printable(path) ? path :
+						      commit->path));
 	json_object_object_add(object, "written", json_object_new_uint64(commit->sums[WRITTEN]));
 	json_object_object_add(object, "zeroed", json_object_new_uint64(commit->sums[ZEROED]));
 	print_json(object);

@@ -228,18 +228,22 @@ static int make_image(struct diff *diff)
 
 static void report_diff(const struct diff *diff)
 {
+	const struct output *output = &diff->output;
 	struct json_object *object;
 	char written[16], zeroed[16];
 
 	if (!diff->args->json) {
-		printf("%s: %s written, %s zeroed, on top of %s\n", diff->output.path,
+		printf("%s: %s written, %s zeroed, on top of %s\n", output->path,
 		       human_size(diff->sums[WRITTEN], written),
 		       human_size(diff->sums[ZEROED], zeroed), diff->backing);
 		return;
 	}
 	object = json_object_new_object();
 	json_object_object_add(object, "name", json_object_new_string(diff->view.cow.name));
-	json_object_object_add(object, "file", json_object_new_string(diff->output.final));
+	/* The directory may have a name that is no text. */
+	json_object_object_add(object, "file",
+			       json_object_new_string(printable(output->final) ? output->final :
+						      output->path));
 	json_object_object_add(object, "size", json_object_new_uint64(diff->image.bytes));
 	json_object_object_add(object, "written", json_object_new_uint64(diff->sums[WRITTEN]));
 	json_object_object_add(object, "zeroed", json_object_new_uint64(diff->sums[ZEROED]));
