@@ -7,6 +7,28 @@
 
 run_dir=/run/cowctl
 
+# under SANITIZER: nbdkit runs the plugin that tests/user/plugin.sh has built with it, if it
+# has. What it finds fails the test.
+under()
+{
+	local tools=${BASH_SOURCE%/*}/../tools dir=${BASH_SOURCE%/*}/../build/user/plugin/$1
+
+	if [ -x "$dir/nbdkit" ] && [ -z "$(find "$tools" -newer "$dir/nbdkit")" ]; then
+		PATH=$(realpath "$dir"):$PATH
+		sanitizer=$1
+		echo "# with the $1 sanitizer"
+	fi
+}
+
+no_reports()
+{
+	local rc=0
+
+	! grep -hs . "$work"/report.* || rc=1
+	rm -f "$work"/report.*
+	return $rc
+}
+
 # says STATUS PATTERN COMMAND...: it fails with that status and one sentence.
 says()
 {
@@ -150,6 +172,10 @@ serve_image()
 begin()
 {
 	need cowctl jq
+	if [ -n "${sanitizer:-}" ]; then
+		export SANITIZER_LOG=$work/report
+		undo no_reports
+	fi
 	"$@"
 	undo sweep
 }

@@ -6,6 +6,8 @@
 
 . "$(dirname "$0")/cowctl-common.sh"
 
+[[ $(uname -r) != 6.1.* ]] || under address
+
 # begin_export KIB [key=value...]: a copy of a RAM disk, exported; its address is $uri
 begin_export()
 {

@@ -6,6 +6,8 @@
 
 . "$(dirname "$0")/cowctl-common.sh"
 
+[[ $(uname -r) != 6.1.* ]] || under thread
+
 socket=$run_dir/test-cow.sock
 uri="nbd+unix:///?socket=$socket"
 
