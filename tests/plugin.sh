@@ -276,6 +276,26 @@ h.cache(512, (32 << 20) + 4096)'
 	is 'used' "$(member used test-cow)" 0
 }
 
+# Beside a prefetch of somebody else's a request waits for nothing, and reads nothing in vain.
+cache_beside_a_prefetch()
+{
+	begin_export 65536
+	# the first 1 MiB, then for 1024 seconds nothing
+	dmsetup message test-cow 0 prefetch 0 1024 1
+	wait_until 10 has_cached 256
+	dmsetup status test-cow | awk '{ print $16 }' >"$work/before"
+	undo rm -f "$work/before"
+	client 'h.cache(1 << 20, 32 << 20)'
+	is 'read from the base' "$(dmsetup status test-cow | awk '{ print $16 }')" \
+		"$(<"$work/before")"
+	dmsetup message test-cow 0 cow_on_cache on
+	client 'h.cache(65536, 32 << 20)'
+	wait_until 10 has_cached 272
+	dmsetup message test-cow 0 prefetch stop
+	client 'h.cache(1 << 20, 48 << 20)'
+	has_cached 528
+}
+
 # Connections see the size that the device had when they were made.
 growth()
 {
@@ -385,6 +405,7 @@ run_tests \
 	no_space 'a full overlay, told to the one who writes' \
 	one_view 'one view for connections, the device and after a reset' \
 	cache_requests 'cache requests' \
+	cache_beside_a_prefetch 'cache requests beside a prefetch of somebody else' \
 	growth 'a device that grows' \
 	by_hand 'nbdkit with the plugin, and wrong parameters' \
 	servers 'which server export takes'

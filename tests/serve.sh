@@ -280,6 +280,36 @@ print(rounds, "rounds")' &
 	stops TERM
 }
 
+# One that waits for the base does not hold up those of other clients.
+cache_requests()
+{
+	begin_serve make_brd 4096
+	make_gate "$REPLY"
+	base=/dev/mapper/test-under
+	serve base=/dev/mapper/test-gate per-client=true
+	clients '
+import subprocess
+def gate(*commands):
+    subprocess.check_call(["io", "/dev/mapper/test-under", *commands])
+a, b = connect(), connect()
+a.cache(4096, 0)
+gate("'"${CLOSE_GATE[0]}"'", "'"${CLOSE_GATE[1]}"'", "'"${CLOSE_GATE[2]}"'")
+slow = a.aio_cache(4096, 1 << 20)
+time.sleep(1)
+quick = b.aio_cache(4096, 0)
+end = time.monotonic() + 60
+while not b.aio_command_completed(quick):
+    if time.monotonic() > end:
+        gate("resume test-gate")
+        raise SystemExit("it waits for the other one")
+    b.poll(1000)
+assert not a.aio_command_completed(slow)
+gate("resume test-gate")
+while not a.aio_command_completed(slow):
+    a.poll(-1)'
+	stops TERM
+}
+
 remove_left_over()
 {
 	! dmsetup info "$1" || dmsetup remove --retry "$1"
@@ -521,6 +551,7 @@ run_tests \
 	many_clients '64 clients at once' \
 	coming_and_going 'clients that come and go under load' \
 	killed 'servers that are killed' \
+	cache_requests 'cache requests of several clients' \
 	over_nbd 'a base behind NBD' \
 	holes 'clients are told the holes of the base' \
 	slow_holes 'holes that are told late' \

@@ -43,7 +43,8 @@
 #define SMALL_BYTES	(16 << 10)	/* buffers on the stack */
 #define CHUNK_BYTES	(2 << 20)	/* buffers that are kept, of a huge page each */
 #define CHUNKS		16
-#define PREFETCH_POLL	5000000		/* ns */
+#define POLL_FIRST	50000		/* ns, then twice as long each time */
+#define POLL_MAX	5000000
 
 static struct {
 	const char *name;
@@ -66,6 +67,7 @@ struct overlay {
 	char mangled[NAME_BYTES];
 	dev_t dev;
 	int fd;				/* keeps it: the kernel removes it with the last close */
+	pthread_mutex_t turn;		/* one cache request at a time */
 };
 
 struct handle {
@@ -286,6 +288,7 @@ static struct overlay *make_overlay(const char *export)
 		return NULL;
 	}
 	overlay->fd = -1;
+	pthread_mutex_init(&overlay->turn, NULL);
 	overlay->export = strdup(export);
 	overlay->next = overlays;
 	overlays = overlay;
@@ -818,48 +821,64 @@ static int nbdcow_extents(void *opaque, uint32_t count, uint64_t offset, uint32_
 	return err;
 }
 
-/* Return: whether the prefetch of this device still runs; @failed: how it ended. */
-static bool prefetch_runs(const struct handle *handle, bool *failed)
+/* Whether that is how a prefetch of so many blocks is; those of others are mostly larger. */
+static bool prefetch_is(const struct cow *cow, uint64_t blocks, const char *state)
 {
-	struct cow *cow = malloc(sizeof(*cow));
-	bool runs = false;
-
-	if (cow && !dm_find_number(major(handle->dev), minor(handle->dev), cow)) {
-		runs = !strcmp(cow->status.prefetch, "running");
-		*failed = !strcmp(cow->status.prefetch, "failed");
-	}
-	free(cow);
-	return runs;
+	return cow->status.prefetch_total <= blocks && !strcmp(cow->status.prefetch, state);
 }
 
-/*
- * The reply tells the client that it is done, so wait for it. There is one
- * prefetch at a time: ours take turns. While somebody else's runs, read ahead, as
- * nbdkit's file plugin does; that fills the cache with cow-on-cache.
- */
-static int nbdcow_cache(void *opaque, uint32_t count, uint64_t offset, uint32_t flags)
+/* Return: 0 when it has ended and did not fail, or an errno. */
+static int prefetch(const struct handle *handle, uint64_t first, uint64_t blocks,
+		    struct cow *cow)
 {
-	struct handle *handle = opaque;
-	uint64_t first = offset / BLOCK_BYTES;
-	uint64_t last = (offset + count + BLOCK_BYTES - 1) / BLOCK_BYTES;
-	static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
-	bool failed = false;
+	unsigned int pause = POLL_FIRST;
 	char message[64];
 	int err;
 
-	(void)flags;
-	snprintf(message, sizeof(message), "prefetch %" PRIu64 " %" PRIu64, first, last - first);
-	pthread_mutex_lock(&turn);
+	snprintf(message, sizeof(message), "prefetch %" PRIu64 " %" PRIu64, first, blocks);
 	err = -dm_ask(handle->dev, message, NULL);
-	while (!err && prefetch_runs(handle, &failed))
-		if (nbdkit_nanosleep(0, PREFETCH_POLL))
+	while (!err) {
+		err = -dm_find_number(major(handle->dev), minor(handle->dev), cow);
+		if (err || !prefetch_is(cow, blocks, "running"))
+			break;
+		if (nbdkit_nanosleep(0, pause))
 			err = errno;
-	pthread_mutex_unlock(&turn);
-	if (err == EBUSY || err == EINVAL) {
-		posix_fadvise(handle->fd, offset, count, POSIX_FADV_WILLNEED);
-		return 0;
+		pause = pause < POLL_MAX / 2 ? 2 * pause : POLL_MAX;
 	}
-	return err || failed ? io_failed("cache", offset, err ?: EIO) : 0;
+	return err ?: prefetch_is(cow, blocks, "failed") ? EIO : 0;
+}
+
+/*
+ * The reply tells the client that it is done, so wait for it, by looking again and
+ * again: device-mapper's events are for the administrator, and a read of the last block
+ * would wait for no other. A device does one prefetch at a time, so ours take turns.
+ * While somebody else's runs, which may be slow on purpose, there is only read-ahead;
+ * that is for cow-on-cache, since we read past the page cache.
+ */
+static int nbdcow_cache(void *opaque, uint32_t count, uint64_t offset, uint32_t flags)
+{
+	static pthread_mutex_t device_turn = PTHREAD_MUTEX_INITIALIZER;
+	struct handle *handle = opaque;
+	pthread_mutex_t *turn = handle->overlay ? &handle->overlay->turn : &device_turn;
+	uint64_t first = offset / BLOCK_BYTES;
+	uint64_t last = (offset + count + BLOCK_BYTES - 1) / BLOCK_BYTES;
+	struct cow *cow = calloc(1, sizeof(*cow));
+	int err = ENOMEM;
+
+	(void)flags;
+	if (cow) {
+		pthread_mutex_lock(turn);
+		err = prefetch(handle, first, last - first, cow);
+		pthread_mutex_unlock(turn);
+	}
+	if (err == EBUSY || err == EINVAL) {
+		err = 0;
+		if (!dm_find_number(major(handle->dev), minor(handle->dev), cow) &&
+		    cow->table.cow_on_cache)
+			posix_fadvise(handle->fd, offset, count, POSIX_FADV_WILLNEED);
+	}
+	free(cow);
+	return err ? io_failed("cache", offset, err) : 0;
 }
 
 static struct nbdkit_plugin plugin = {
