@@ -403,8 +403,13 @@ static int open_device(struct handle *handle, bool readonly)
 {
 	struct cow *cow = malloc(sizeof(*cow));
 	struct stat st;
+	int err;
 
-	if (!cow || find_device(cow)) {
+	/* Where the node is missing libdevmapper makes it. */
+	pthread_mutex_lock(&lock);
+	err = cow ? find_device(cow) : -1;
+	pthread_mutex_unlock(&lock);
+	if (err) {
 		free(cow);
 		return -1;
 	}
