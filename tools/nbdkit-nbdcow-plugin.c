@@ -264,8 +264,8 @@ static int make_device(struct overlay *overlay)
 		nbdkit_error("the name \"%s\" is too long", config.name);
 		return -ENAMETOOLONG;
 	}
-	overlay->fd = dm_server_open(overlay->mangled, sectors, params, O_RDWR | O_DIRECT,
-				     &overlay->dev);
+	overlay->fd = dm_server_open(overlay->mangled, sectors, params,
+				     O_RDWR | O_DIRECT | O_NOATIME, &overlay->dev);
 	if (overlay->fd >= 0)
 		return 0;
 	overlay->mangled[0] = '\0';
@@ -413,7 +413,8 @@ static int open_device(struct handle *handle, bool readonly)
 		free(cow);
 		return -1;
 	}
-	handle->fd = open(cow->path, (readonly ? O_RDONLY : O_RDWR) | O_DIRECT | O_CLOEXEC);
+	handle->fd = open(cow->path, (readonly ? O_RDONLY : O_RDWR) | O_DIRECT | O_NOATIME |
+			  O_CLOEXEC);
 	if (handle->fd < 0) {
 		nbdkit_error("cannot open %s: %m", cow->path);
 	} else if (fstat(handle->fd, &st) ||
