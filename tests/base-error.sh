@@ -440,6 +440,21 @@ shrunk()
 }
 
 # Not one that shrank, but another device.
+# A file system above would go on with the sectors that it knows.
+larger_sectors()
+{
+	local file
+
+	make_loop_base 4194304
+	file=$work/base4194304
+	make_cow test-cow 8192 "$REPLY" 1 queue_errors
+	io $COW 'write 512 512 A'
+	make_loop "$file" --read-only --sector-size 4096
+	fails dmsetup load test-cow --table "0 8192 nbdcow $REPLY 1 queue_errors"
+	told "The base device has larger logical blocks than the overlay's base had"
+	io $COW 'is 0 .A......' 'check 4k 512 .'
+}
+
 smaller_base()
 {
 	local dev
@@ -500,4 +515,5 @@ run_tests \
 	read_only_loop 'a read-only loop device' \
 	shrunk 'a base that shrinks' \
 	smaller_base 'a table with a smaller base' \
+	larger_sectors 'a table with a base of larger logical blocks' \
 	not_connected 'an NBD device that is not connected'

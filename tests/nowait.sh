@@ -120,9 +120,24 @@ io_uring()
 	status_is test-cow health=ok refused=0 errors=0
 }
 
+# Who polls gets answers, though the base alone could be polled.
+polled()
+{
+	need fio
+	need_module null_blk nr_devices=1 gb=1 memory_backed=1 poll_queues=1
+	undo modprobe -r null_blk
+	make_cow test-cow 65536 /dev/nullb0
+	fio --name=mixed --filename=$COW --direct=1 --ioengine=io_uring --hipri --iodepth=16 \
+		--rw=randrw --rwmixread=50 --bssplit=512/20:4k/40:68k/40 --blockalign=512 \
+		--size=32M --io_size=4M --verify=crc32c --verify_fatal=1 --verify_backlog=64 \
+		--randseed=7 --aux-path="$work" --output-format=terse
+	status_is test-cow health=ok refused=0 errors=0
+}
+
 run_tests \
 	states 'every block state, whole blocks and parts of them' \
 	over_the_limit 'a full overlay' \
 	hung_base 'a base that does not answer' \
 	suspended 'a suspended device' \
+	polled 'requests that are polled for' \
 	io_uring "fio's verification passes with io_uring"
