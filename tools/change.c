@@ -178,6 +178,12 @@ int cmd_set(const struct args *args)
 
 #define SAMPLES	256
 
+/* What is known of the new base. */
+enum sameness {
+	COMPARED,			/* it is to be compared with the old one */
+	PROMISED,			/* by the user */
+};
+
 /* Return: whether block device @upper is, or is made of, the one at @lower. */
 bool stands_on(const char *name, dev_t upper, void *lower)
 {
@@ -259,7 +265,7 @@ static int compare(const struct args *args, int old, uint64_t old_bytes, const s
 
 /* Whether the new base can take the place of the old one. */
 static int check_same(const struct args *args, const struct cow *cow, const struct base *base,
-		      bool force, uint64_t *compared, uint64_t *old_bytes)
+		      enum sameness same, uint64_t *compared, uint64_t *old_bytes)
 {
 	char *path = device_path(cow->table.major, cow->table.minor);
 	int old = open(path, O_RDONLY | O_CLOEXEC), err = 0;
@@ -273,9 +279,9 @@ static int check_same(const struct args *args, const struct cow *cow, const stru
 	else if (base->bytes < *old_bytes)
 		err = fail(-EIO, "base %s has %" PRIu64 " bytes, fewer than the %" PRIu64
 			   " of the base of %s", base->text, base->bytes, *old_bytes, args->name);
-	else if (!force && !*old_bytes)
+	else if (same == COMPARED && !*old_bytes)
 		err = fail_uncomparable(args, base, "is away");
-	else if (!force)
+	else if (same == COMPARED)
 		err = compare(args, old, *old_bytes, base, compared);
 	if (old >= 0)
 		close(old);
@@ -297,12 +303,13 @@ static int reload_on(const struct cow *cow, const struct base *base)
  * A killed rebase may have left two connections, and a table that is not in use.
  * The device tells which connection it uses.
  */
-static int settle(const struct cow *cow, const char *slot)
+static int settle(const struct cow *cow)
 {
-	char *dev = device_path(cow->table.major, cow->table.minor);
+	char *dev = device_path(cow->table.major, cow->table.minor), slot[SLOT_BYTES];
 	struct nbd_link link;
 	bool moved;
 
+	nbd_next_slot(cow->mangled, slot);
 	dm_clear(cow->mangled);
 	moved = !nbd_find(slot, &link) && link.connected && !strcmp(link.dev, dev);
 
@@ -313,10 +320,11 @@ static int settle(const struct cow *cow, const char *slot)
 }
 
 /* Moves the device; when that fails it is where it was. */
-static int move(const struct args *args, const struct cow *cow, struct base *base, bool force)
+static int move(const struct args *args, const struct cow *cow, struct base *base,
+		enum sameness same)
 {
 	uint64_t compared, old_bytes;
-	int err = check_same(args, cow, base, force, &compared, &old_bytes);
+	int err = check_same(args, cow, base, same, &compared, &old_bytes);
 
 	if (!err && interrupted())
 		err = -EINTR;
@@ -335,22 +343,17 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 	return 0;
 }
 
-static int rebase_locked(const struct args *args, int lock, bool force, bool holes)
+static int move_to(const struct args *args, const struct cow *cow, const char *text, int lock,
+		   enum sameness same, bool holes)
 {
-	const char *text = args->value[KEY_BASE];
 	struct base base = NO_BASE;
 	char slot[SLOT_BYTES];
-	struct cow cow;
-	int err = find_cow(args, &cow) ?: check_base(text);
+	int err;
 
-	nbd_next_slot(args->mangled, slot);
-	if (!err)
-		err = settle(&cow, slot);
-	if (err)
-		return err;
+	nbd_next_slot(cow->mangled, slot);
 	err = open_base(text, slot, lock, &base);
 	if (!err)
-		err = move(args, &cow, &base, force);
+		err = move(args, cow, &base, same);
 	close_base(&base);
 	if (err) {
 		nbd_release(slot);
@@ -360,12 +363,21 @@ static int rebase_locked(const struct args *args, int lock, bool force, bool hol
 	 * It has moved. An old connection that others use, too, stays, and the user is
 	 * told; what cannot be renamed is found by the next rebase or remove.
 	 */
-	holes_stop(args->mangled);
-	nbd_release(args->mangled);
-	nbd_rename(slot, args->mangled);
-	if (holes && *cow.uuid)
-		holes_start(cow.mangled, cow.uuid, text, base.bytes);
+	holes_stop(cow->mangled);
+	nbd_release(cow->mangled);
+	nbd_rename(slot, cow->mangled);
+	if (holes && *cow->uuid)
+		holes_start(cow->mangled, cow->uuid, text, base.bytes);
 	return 0;
+}
+
+static int rebase_locked(const struct args *args, int lock, bool force, bool holes)
+{
+	const char *text = args->value[KEY_BASE];
+	struct cow cow;
+
+	return find_cow(args, &cow) ?: check_base(text) ?: settle(&cow) ?:
+	       move_to(args, &cow, text, lock, force ? PROMISED : COMPARED, holes);
 }
 
 int cmd_rebase(const struct args *args)
