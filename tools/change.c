@@ -105,6 +105,16 @@ static int switch_cow_on_read(const struct args *args, const struct cow *cow,
 	return send_flag(args, KEY_COW_ON_READ, "cow_on_read", change->table.cow_on_read);
 }
 
+static int settle(const struct cow *cow);
+
+/* What a killed rebase has left is put in order, or the base would not be known. */
+static int switch_reconnect(const struct args *args, const struct cow *cow, bool queue)
+{
+	if (!args->value[KEY_ON_BASE_ERROR] || (queue && reconnect_runs(cow->mangled)))
+		return 0;
+	return (queue ? settle(cow) : 0) ?: reconnect_start(cow->mangled, true);
+}
+
 /* Partitions that have devices follow a new size; or as it was said. */
 static int refresh_parts(const struct args *args, const struct cow *cow, bool wanted)
 {
@@ -132,6 +142,7 @@ static int apply(const struct args *args, const struct cow *cow, const struct ch
 	       switch_cow_on_read(args, cow, change) ?:
 	       refresh_parts(args, cow, change->partitions) ?:
 	       send_flag(args, KEY_ON_BASE_ERROR, "queue_errors", table->queue_errors) ?:
+	       switch_reconnect(args, cow, table->queue_errors) ?:
 	       (args->value[KEY_CACHE] ? dm_message(args, "drop_cache") : 0);
 }
 
@@ -146,6 +157,7 @@ static void undo(const struct args *args, const struct cow *cow, const char *wat
 		dm_reload(cow, cow->sectors, cow->params, true);
 	if (*watched)
 		watch_start(cow, watched);
+	switch_reconnect(args, cow, cow->table.queue_errors);
 }
 
 int cmd_set(const struct args *args)
@@ -182,6 +194,7 @@ int cmd_set(const struct args *args)
 enum sameness {
 	COMPARED,			/* it is to be compared with the old one */
 	PROMISED,			/* by the user */
+	SAME_SERVER,			/* as before; to be used only while the old one fails */
 };
 
 /* Return: whether block device @upper is, or is made of, the one at @lower. */
@@ -319,6 +332,24 @@ static int settle(const struct cow *cow)
 	return nbd_release(cow->mangled) ?: nbd_rename(slot, cow->mangled);
 }
 
+/* Whether its first block can be read, and not only from memory. */
+bool can_be_read(int fd)
+{
+	char block[BLOCK_BYTES];
+
+	posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+	posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+	return pread(fd, block, sizeof(block), 0) > 0;
+}
+
+static bool base_fails(const char *mangled)
+{
+	struct cow now;
+
+	return !dm_find(mangled, &now) && now.state == COW_LIVE &&
+	       !strcmp(now.status.health, "base-error");
+}
+
 /* Moves the device; when that fails it is where it was. */
 static int move(const struct args *args, const struct cow *cow, struct base *base,
 		enum sameness same)
@@ -326,6 +357,8 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 	uint64_t compared, old_bytes;
 	int err = check_same(args, cow, base, same, &compared, &old_bytes);
 
+	if (!err && same == SAME_SERVER && !(can_be_read(base->fd) && base_fails(cow->mangled)))
+		err = -EAGAIN;
 	if (!err && interrupted())
 		err = -EINTR;
 	if (!err)
@@ -377,7 +410,27 @@ static int rebase_locked(const struct args *args, int lock, bool force, bool hol
 	struct cow cow;
 
 	return find_cow(args, &cow) ?: check_base(text) ?: settle(&cow) ?:
-	       move_to(args, &cow, text, lock, force ? PROMISED : COMPARED, holes);
+	       move_to(args, &cow, text, lock, force ? PROMISED : COMPARED, holes) ?:
+	       reconnect_start(cow.mangled, holes);
+}
+
+/* To the server at @text, which its base is of, once more; with the lock of the name. */
+int rebase_again(const struct cow *was, const char *text, int lock, bool holes)
+{
+	struct args args = { .name = was->name };
+	struct cow cow;
+	char *source;
+	int err;
+
+	memcpy(args.mangled, was->mangled, sizeof(args.mangled));
+	err = find_cow(&args, &cow) ?: settle(&cow);
+	if (err)
+		return err;
+	source = base_source(&cow);
+	err = strcmp(cow.uuid, was->uuid) || strcmp(source, text) ? -ESTALE :
+	      move_to(&args, &cow, text, lock, SAME_SERVER, holes);
+	free(source);
+	return err;
 }
 
 int cmd_rebase(const struct args *args)

@@ -419,20 +419,30 @@ static int make_device(const struct args *args, const struct shape *shape,
 static int add_services(const struct args *args, const struct shape *shape,
 			const struct base *base)
 {
-	bool holes = shape->holes && strstr(base->text, "://");
+	bool nbd = strstr(base->text, "://"), holes = shape->holes && nbd;
+	bool reconnect = nbd && shape->table.queue_errors;
 	struct cow cow;
 	int err;
 
-	if (!shape->watched && !shape->partitions && !holes)
+	if (!shape->watched && !shape->partitions && !holes && !reconnect)
 		return 0;
 	err = dm_find(args->mangled, &cow);
 	if (!err && shape->watched)
 		err = watch_start(&cow, shape->watched);
+	if (!err && reconnect)
+		err = reconnect_start(cow.mangled, holes);
 	if (!err && shape->partitions)
 		err = parts_map(cow.path, false);
 	if (!err && holes)
 		holes_start(cow.mangled, cow.uuid, base->text, base->bytes);
 	return err;
+}
+
+static void stop_helpers(const char *mangled)
+{
+	holes_stop(mangled);
+	watch_stop(mangled);
+	reconnect_stop(mangled);
 }
 
 /* Takes the device away, and then what worked for it. */
@@ -451,8 +461,7 @@ static int take_down(const struct args *args, const struct cow *cow)
 			parts_map(cow->path, true);
 		return err;
 	}
-	holes_stop(args->mangled);
-	watch_stop(args->mangled);
+	stop_helpers(args->mangled);
 	return 0;
 }
 
@@ -485,8 +494,7 @@ static int check_free(const struct args *args)
 			   args->name);
 	if (err)
 		return err;
-	holes_stop(args->mangled);
-	watch_stop(args->mangled);
+	stop_helpers(args->mangled);
 	return release_base(args->mangled);
 }
 

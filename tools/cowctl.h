@@ -5,6 +5,7 @@
  * cmds.c, change.c, changes.c, prefetch.c, top.c, wait.c, diff.c and commit.c have the
  * commands and call every layer. dm.c, nbd.c, loop.c, parts.c, export.c and image.c know
  * only parse.c and util.c; helper.c, and watch.c and holes.c above it, also dm.c.
+ * reconnect.c does by itself what a command does.
  * Functions return 0 or -errno. The layer that fails prints the one message,
  * through fail(); whoever gets the error back passes it on in silence.
  */
@@ -311,6 +312,12 @@ void watch_stop(const char *mangled);
 void holes_start(const char *mangled, const char *uuid, const char *text, uint64_t base_bytes);
 void holes_stop(const char *mangled);
 
+/* reconnect.c */
+
+int reconnect_start(const char *mangled, bool holes);
+bool reconnect_runs(const char *mangled);
+void reconnect_stop(const char *mangled);
+
 /* export.c */
 
 int export_find(const char *mangled, struct export *export);
@@ -384,6 +391,11 @@ int fail_busy(const struct args *args, const struct cow *cow, const char *hint);
 int check_parts_closed(const struct cow *cow, const char *hint);
 int check_closed(const struct args *args, const struct cow *cow, const char *hint);
 int reset_device(const struct args *args, const struct cow *cow, bool force);
+
+/* change.c: what a process in the background does, too */
+
+bool can_be_read(int fd);
+int rebase_again(const struct cow *was, const char *text, int lock, bool holes);
 
 /* changes.c: what differs from the base */
 
