@@ -599,6 +599,7 @@ static void add_cache(struct json_object *object, const struct cow *cow)
 	json_object_object_add(object, "prefetch", describe_prefetch(status));
 	add_text(object, "on_base_error",
 		 xasprintf("%s", cow->table.queue_errors ? "queue" : "error"));
+	add_flag(object, "reconnects", reconnect_runs(cow->mangled));
 	add_number(object, "queued", status->queued);
 }
 
@@ -1049,6 +1050,7 @@ static void print_status(struct json_object *device)
 		{ "open", "open_count" },
 		{ NULL, NULL }
 	};
+	bool reconnects = json_object_get_boolean(json_object_object_get(device, "reconnects"));
 	char size[16];
 
 	printf("%s\n", text(device, "path"));
@@ -1056,7 +1058,8 @@ static void print_status(struct json_object *device)
 	print_line("base", xasprintf("%s", text(device, "base")));
 	if (strcmp(text(device, "base"), text(device, "base_device")))
 		print_line("base device", xasprintf("%s", text(device, "base_device")));
-	print_line("on base error", xasprintf("%s", text(device, "on_base_error")));
+	print_line("on base error", xasprintf("%s%s", text(device, "on_base_error"), reconnects ?
+					      ", and connects anew" : ""));
 	print_line("health", health_text(device));
 	print_line("used", used_text(device));
 	print_line("limit", limit_text(device));
