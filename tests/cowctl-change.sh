@@ -347,6 +347,152 @@ waits_for_a_base()
 	image_is_unchanged
 }
 
+# reconnector: the process that waits for the base to come back, from whom has its lock
+reconnector()
+{
+	local file=$run_dir/test-cow.reconnect
+
+	[ -e "$file" ] || return 1
+	awk -v inode="$(stat -c %i "$file")" '$6 ~ ":" inode "$" { print $5; found = 1 }
+		END { exit !found }' /proc/locks
+}
+
+# Nobody waits for the base any more, whatever became of it.
+let_go()
+{
+	[ ! -e $COW ] || cowctl set test-cow on-base-error=error
+}
+
+# The server of the image, again.
+serve_again()
+{
+	serve socket "$work/disk.img"
+	undo let_go
+}
+
+# connections_are N
+connections_are()
+{
+	[ "$(connected | wc -l)" = "$1" ]
+}
+
+# The server is away for some time.
+comes_back()
+{
+	local reader uri dev
+
+	need nbdkit nbd-client
+	begin serve_image 4M
+	uri=$REPLY
+	cowctl create test-cow base="$uri" on-base-error=queue cow-on-read="$work/flag"
+	undo let_go
+	cowctl status test-cow | grep -E '^  on base error +queue, and connects anew$'
+	dev=$(member base_device test-cow)
+	io $COW 'write 1M 4k A'
+	kill_nbdkit "$work/socket" "$dev"
+	io $COW 'check 64k 64k .' 'is 1M AAAAAAAA' 'check 4k 1020k .' &
+	reader=$!
+	wait_until 20 waiting 1
+	serve_again
+	wait_until 20 not waiting 1
+	wait $reader
+	wait_until 20 connections_are 1
+	is 'base' "$(member base test-cow)" "$uri"
+	[ "$(member base_device test-cow)" != "$dev" ] || fail 'it is the same device'
+	is 'health' "$(member health test-cow)" ok
+	is 'cow_on_read' "$(member cow_on_read test-cow)" "$work/flag"
+
+	# nothing of it is in the way when it is killed, and it is started again
+	kill -KILL "$(reconnector)"
+	wait_until 10 not reconnector
+	dev=$(member base_device test-cow)
+	kill_nbdkit "$work/socket" "$dev"
+	io $COW 'check 2M 64k .' &
+	reader=$!
+	wait_until 20 waiting 1
+	serve_again
+	cowctl set test-cow on-base-error=queue
+	wait_until 20 not waiting 1
+	wait $reader
+	wait_until 20 connections_are 1
+	is 'base' "$(member base test-cow)" "$uri"
+
+	# it is there for those only who need it
+	cowctl set test-cow on-base-error=error
+	fails reconnector
+	cowctl set test-cow on-base-error=queue
+	reconnector
+	cowctl rebase test-cow base="$work/disk.img" force=true
+	fails reconnector
+	cowctl set test-cow on-base-error=queue
+	fails reconnector
+	cowctl rebase test-cow base="$uri" force=true
+	reconnector
+	io $COW 'check 64k 64k .' 'check 1M 4k A'
+	cowctl remove test-cow
+	nothing_left
+	image_is_unchanged
+}
+
+# tries N: so often somebody has connected, and left again
+tries()
+{
+	[ "$(grep -c Disconnect "$work/log")" -ge "$1" ]
+}
+
+# What cannot be the base, or need not be connected anew, is left alone.
+stays_where_it_is()
+{
+	local reader dev
+
+	need nbdkit nbd-client
+	undo rm -f "$work"/{log,bad,socket,socket.pid}
+	begin make_image 4M
+	start_nbdkit "$work/socket" -r --filter=log --filter=error --filter=delay \
+		file "$work/disk.img" logfile="$work/log" \
+		error=EIO error-pread-rate=1 error-file="$work/bad" delay-open=3
+	undo sweep
+	cowctl create test-cow base="nbd+unix:///?socket=$work/socket" on-base-error=queue \
+		holes=false
+	undo let_go
+	dev=$(member base_device test-cow)
+
+	# one that fails over each connection
+	touch "$work/bad"
+	io $COW 'check 64k 64k .' &
+	reader=$!
+	wait_until 30 tries 1
+	is 'the device' "$(member base_device test-cow)" "$dev"
+	# one that is back before the other connection is made
+	wait_until 30 test -e "$run_dir/test-cow~.nbd"
+	rm "$work/bad"
+	wait_until 20 not waiting 1
+	wait $reader
+	wait_until 30 tries 2
+	wait_until 10 test ! -e "$run_dir/test-cow~.nbd"
+	is 'the device' "$(member base_device test-cow)" "$dev"
+
+	# one that is smaller now
+	make_file small 2M
+	kill_nbdkit "$work/socket" "$dev"
+	rm "$work/log"
+	io $COW 'check 1M 64k .' &
+	reader=$!
+	start_nbdkit "$work/socket" -r --filter=log file "$work/small" logfile="$work/log"
+	undo sweep
+	wait_until 30 tries 1
+	is 'the device' "$(member base_device test-cow)" "$dev"
+	wait_until 10 waiting 1
+	wait_until 10 connections_are 1
+	kill -KILL "$(<"$work/socket.pid")"
+	serve_again
+	wait_until 20 not waiting 1
+	wait $reader
+	cowctl remove test-cow
+	nothing_left
+	image_is_unchanged
+}
+
 # A base that does not answer is waited for, unless one is told to stop.
 hanging_base()
 {
@@ -454,6 +600,8 @@ run_tests \
 	small_bases 'bases that are smaller than a block' \
 	cannot_move 'bases that cannot take the place' \
 	waits_for_a_base 'readers wait for a base' \
+	comes_back 'a server that is away for some time' \
+	stays_where_it_is 'servers that cannot be the base, or need not be connected anew' \
 	hanging_base 'a base that does not answer' \
 	shared_connection 'a connection that somebody else uses' \
 	shrunken_base 'a base that shrank'
