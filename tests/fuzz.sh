@@ -84,7 +84,78 @@ swapped()
 	fail 'nothing was swapped'
 }
 
+#
+# What is wrong is found
+#
+
+# /dev/mapper/test-wrong is as the other bases, but for some blocks where most is done.
+make_wrong()
+{
+	local sectors
+
+	sectors=$(blockdev --getsz /dev/mapper/test-fast)
+	make_dm test-wrong "0 1008 linear /dev/ram0 0
+1008 32 linear /dev/ram0 2048
+1040 $((sectors - 1040)) linear /dev/ram0 1040"
+	undo remove_rest "$(<$MODULE/parameters/total_limit)"
+	undo rm -f "$work/found"
+}
+
+# tells COMMAND...: it fails, because it has found these; what it says is in $work/found
+tells()
+{
+	local rc=0
+
+	"$@" >"$work/found" 2>&1 || rc=$?
+	cat "$work/found"
+	is 'the status' $rc 1
+	grep -q 'has sector 20[4-7][0-9] with tag 1$' "$work/found"
+}
+
+# told PATTERN: what the last line that begins like this goes on with
+told()
+{
+	sed -n "s/^# $1//p" "$work/found" | tail -n 1
+}
+
+# What it finds, here in the second round and after a reload, comes again with the seed of
+# that round, and is made short. What it prints for io fails too, and works with the right
+# base.
+one_is_wrong()
+{
+	local again before commands
+
+	make_wrong
+	tells fuzz --seed 34 --threads 1 --without nowait,views /dev/mapper/test-{fast,wrong}
+	is 'what it begins with' "$(told 'seed ')" '34, 1 threads'
+	between 'how many operations are left' \
+		"$(sed -n 's/^# \([0-9]*\) operations are enough:$/\1/p' "$work/found")" 1 9
+	again=$(told 'again: ')
+	before=$(told sector)
+	commands=$(sed -n '/^dmsetup create/,/[^\\]$/p' "$work/found")
+	[[ $commands = *" nbdcow /dev/mapper/test-fast "*" nbdcow /dev/mapper/test-wrong "* ]]
+	tells eval "$again"
+	is 'the sector' "$(told sector)" "$before"
+	tells eval "$commands"
+	dmsetup remove --retry nbdcow-fuzz
+	eval "${commands//test-wrong/test-fast}"
+}
+
+# What several threads find comes again with as few of them and of all else as will do.
+threads_are_wrong()
+{
+	local again
+
+	make_wrong
+	tells fuzz --seed 1 --threads 3 --ops 100 /dev/mapper/test-wrong
+	again=$(told 'again: ')
+	[[ $again = *' --threads 2 --repeat --ops '*' --without '* ]]
+	tells eval "$again"
+}
+
 run_tests \
 	one_thread 'one thread, whose reads are certain' \
 	threads 'four threads on the same blocks' \
-	swapped 'the same with overlays that are swapped out'
+	swapped 'the same with overlays that are swapped out' \
+	one_is_wrong 'what one thread finds comes again, and is made short' \
+	threads_are_wrong 'what several threads find comes again'

@@ -189,12 +189,14 @@ static void print_expected(const struct op *ops, unsigned int n)
 	printf("'\n");
 }
 
-static void print_stream(const struct op *ops, unsigned int n, uint64_t sectors)
+/* @first: the round as it began */
+static void print_stream(const struct op *ops, unsigned int n, const struct round *first)
 {
+	uint64_t sectors = first->sectors;
 	unsigned int i, views = 0;
 	char params[512];
 
-	table_params(params, sizeof(params), cfg.base, cfg.limit);
+	table_params(params, sizeof(params), first->base, first->limit);
 	printf("# %u operations are enough:\n", n);
 	for (i = 0; i < n; i++) {
 		printf("#   ");
@@ -290,7 +292,7 @@ bool single_round(struct rng *rng)
 {
 	static struct op ops[SINGLE_OPS];
 	struct rng stream = { next_random(rng) };
-	uint64_t sectors = cfg.sectors;
+	const struct round first = cfg;
 	time_t end;
 	unsigned int i, n;
 
@@ -299,7 +301,7 @@ bool single_round(struct rng *rng)
 	for (i = 0; i < SINGLE_OPS; i++)
 		ops[i] = cfg.control && percent(&stream, 5) ? random_control(&stream, 0) :
 							      random_op(&stream, 0);
-	cfg.sectors = sectors;
+	cfg.sectors = first.sectors;
 	if (play(ops, SINGLE_OPS, rng))
 		return true;
 	end = time(NULL) + SHRINK;
@@ -309,6 +311,6 @@ bool single_round(struct rng *rng)
 	quiet = false;
 	if (play_again(ops, n))
 		printf("# the failure did not come again\n");
-	print_stream(ops, n, sectors);
+	print_stream(ops, n, &first);
 	return false;
 }
