@@ -296,6 +296,29 @@ cache_beside_a_prefetch()
 	has_cached 528
 }
 
+# Whoever writes a part of a sector leaves alone what others write in it meanwhile.
+parts_of_sectors()
+{
+	begin_export 4096
+	client '
+a, b = h, nbd.NBD()
+b.set_strict_mode(0)
+b.connect_uri("'"$uri"'")
+for i in range(1, 31):
+    data = [nbd.Buffer.from_bytearray(bytearray([n]) * 256) for n in (i, 255 - i)]
+    under_way = []
+    for sector in range(32):
+        under_way.append((a, a.aio_pwrite(data[0], sector * 512)))
+        under_way.append((b, b.aio_pwrite(data[1], sector * 512 + 256)))
+    while under_way:
+        for c in a, b:
+            if c.aio_in_flight():
+                c.poll(1)
+        under_way = [(c, n) for c, n in under_way if not c.aio_command_completed(n)]
+    want = (bytes([i]) * 256 + bytes([255 - i]) * 256) * 32
+    assert h.pread(16384, 0) == want, "a part is lost"'
+}
+
 # Connections see the size that the device had when they were made.
 growth()
 {
@@ -406,6 +429,7 @@ run_tests \
 	one_view 'one view for connections, the device and after a reset' \
 	cache_requests 'cache requests' \
 	cache_beside_a_prefetch 'cache requests beside a prefetch of somebody else' \
+	parts_of_sectors 'two clients write different parts of a sector' \
 	growth 'a device that grows' \
 	by_hand 'nbdkit with the plugin, and wrong parameters' \
 	servers 'which server export takes'
