@@ -6,6 +6,8 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 PREFIX ?= /usr/local
 CFLAGS ?= -O2 -g
 KERNELS ?= 6.1 6.12
+STOCK_KERNELS := 6.1 6.12 7.3
+DEBUG_KERNELS := debug kcsan
 
 # Where nbdkit looks for plugins; empty without its header.
 plugin_dir := $(shell pkg-config nbdkit --variable=plugindir 2>/dev/null)
@@ -229,13 +231,14 @@ demo: demo-deps
 # They take long in emulation, and the kernel's part in them is small: once will do.
 check: export LEFT_OUT = 6.1/cowctl 6.1/cowctl-filter 6.1/cowctl-steps 6.1/cowctl-view \
 	6.12/cowctl-cache 6.12/cowctl-change 6.12/cowctl-diff 6.12/cowctl-watch 6.12/plugin
+check check-kernels check-debug: export ALL_KERNELS = $(STOCK_KERNELS) $(DEBUG_KERNELS)
 check: deps
 	$(Q)tests/run-tests
-check-kernels: export KERNELS = 6.1 6.12 7.3
+check-kernels: export KERNELS = $(STOCK_KERNELS)
 check-kernels: export EVERY_STEP = 1
 check-kernels: deps
 	$(Q)tests/run-tests --table
-check-debug: export KERNELS = debug kcsan
+check-debug: export KERNELS = $(DEBUG_KERNELS)
 check-debug: debug-deps
 	$(Q)tests/run-tests --table
 FUZZ_SECONDS ?= 3600
