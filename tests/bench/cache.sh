@@ -132,6 +132,13 @@ many()
 		"$(divide $((free - $(settled))) $count)" 64
 	each $count 'cowctl remove' test-cow
 	printf '# ms of cowctl create + remove: %s\n' "$(sum "$create" "$REPLY")" >&5
+	# what device-mapper alone takes for a device
+	wait_until 10 memory_is_back
+	free=$(settled)
+	each $count 'dmsetup create' test-cow --table '0 2048 linear /dev/ram0 0'
+	printf '# idle kernel memory of a dm-linear device in KiB: %s\n' \
+		"$(divide $((free - $(settled))) $count)" >&5
+	each $count 'dmsetup remove' test-cow
 	each $count 'dmsetup create' test-cow --table '0 2048 nbdcow /dev/ram0'
 	floor=$REPLY
 	each $count 'dmsetup remove' test-cow
@@ -143,7 +150,7 @@ many()
 	printf '# the same for dm-linear: %s\n' "$REPLY" >&5
 	# most of it is device-mapper waiting for grace periods
 	by_ioctl 1 100 'nbdcow /dev/ram0'
-	printf '# ms of one at a time: %s\n' "$REPLY" >&5
+	figure 'ms of a creation + removal by ioctl, one by one' "$REPLY" 20
 	by_ioctl 1 100 'linear /dev/ram0 0'
 	printf '# the same for dm-linear: %s\n' "$REPLY" >&5
 	judge
