@@ -60,6 +60,7 @@
 #define NO_UPTODATE_CHECK 14	/* folio_test_uptodate() */
 #define NO_READ_REF	  15	/* the reference of a reader */
 #define LAYER_TWICE	  16	/* page and state come from one layer */
+#define NO_LAST_LOOK	  17	/* nbdcow_store_has() in read_found() */
 /* In nbdcow_overlay_zero(), __zero_leaf() and nbdcow_map_zero_leaf() */
 #define NO_SHARD_WRITE	  20	/* down_write(lock) */
 #define PUNCH_UNLOCKED	  21	/* it lasts until the pages are gone */
@@ -128,6 +129,11 @@
 /* Does `memory' do anything? */
 #ifndef MEMORY
 #define MEMORY	1
+#endif
+
+/* Is there another block in the same large page, for a while? */
+#ifndef NEIGHBOUR
+#define NEIGHBOUR 0
 #endif
 
 #ifndef LAYERS
@@ -427,6 +433,11 @@ inline shmem_read(f, p)
 	page[p].refs = page[p].refs | BIT(me)
 }
 
+#if MUTANT == NO_LAST_LOOK
+#define STILL_OF(f, p)	1
+#else
+#define STILL_OF(f, p)	(page[p].owner == 1 + f)
+#endif
 #define IS_OF(f, p)	(page[p].owner == 1 + f && page[p].uptodate)
 
 /*
@@ -566,7 +577,7 @@ inline overlay_copy(write)
 	fi;
 	d_step {
 		if
-		:: found && state != OVERLAY ->
+		:: found && !(state == OVERLAY && STILL_OF(f, p)) ->
 			if
 			:: write -> page[p].locked = 0
 			:: else
@@ -1248,6 +1259,49 @@ end:
 }
 #endif
 
+/*
+ * Another block of the same page is stored, which brings the page, with zeroes for ours,
+ * and then discarded, with which the page goes unless ours is stored by then.
+ */
+#define WORD(lay) \
+	(layers[lay].slot < LEAF -> layers[lay].slot : leaf[layers[lay].slot - LEAF].word)
+
+inline neighbour_of(f)
+{
+	d_step {
+		nr_layers > f && layers[f].file == f && !layers[f].freed && !layers[f].queued &&
+		file[f].entry == 0 ->
+		page_find(n, 0);
+		page[n].bytes[0] = ZERO_BYTES;
+		page[n].bytes[1] = ZERO_BYTES;
+		page[n].owner = 1 + f;
+		page[n].uptodate = 1;
+		page[n].dirty = 1;
+		file[f].entry = 1 + n;
+		n = 0
+	}
+	if
+	:: d_step { HAS_PAGE(f) && !LOCKED(f) && WORD(f) != OVERLAY -> page_remove(f) }
+	:: !HAS_PAGE(f) || WORD(f) == OVERLAY
+	fi
+}
+
+#if NEIGHBOUR
+active proctype neighbour()
+{
+end:
+	running ->
+	if
+	:: neighbour_of(0)
+#if LAYERS > 1
+	:: neighbour_of(1)
+#endif
+	:: true
+	fi;
+	running--
+}
+#endif
+
 #define ALLOWED(op) \
 	((KINDS & BIT(kind[op])) && (WANTED(op) == ANY || WANTED(op) == kind[op]))
 
@@ -1357,7 +1411,7 @@ init
 		od;
 		op = 0;
 		layers_left = 0;
-		running = (OPS0 != 0) + (OPS1 != 0) + (OPS2 != 0);
+		running = (OPS0 != 0) + (OPS1 != 0) + (OPS2 != 0) + NEIGHBOUR;
 		run client(0, 1, 1 + OPS0);
 #if OPS1
 		run client(1, 1 + OPS0, 1 + OPS0 + OPS1);

@@ -81,6 +81,9 @@ holds swapped 'three clients on one layer, while memory is short' -DLAYERS=1 -DK
 # two reads; growth; a discard and a partial write
 growth=(-DMEMORY=0 -DOPS0=2 -DOPS2=2 -DKIND1=0 -DKIND2=0 -DKIND3=6 -DKIND4=4 -DKIND5=2)
 holds growth 'five operations around growth' "${growth[@]}"
+# a read, a write and a reset
+neighbour=(-DMEMORY=0 -DLAYERS=2 -DNEIGHBOUR=1 -DKIND1=0 -DKIND2=1 -DKIND3=5)
+holds neighbour 'another block of the same large page' "${neighbour[@]}"
 if [ -n "${MODEL_LONG:-}" ]; then
 	holds long1 'three clients on one layer, everything, while memory is short' -DLAYERS=1
 	holds long2 'two operations each of two clients on one layer' "${two[@]}" -DLAYERS=1 \
@@ -98,6 +101,8 @@ while read -r mutant; do
 	LOOK_BEFORE_FIND)
 		options=("${two[@]}" -DMEMORY=0 -DOPS0=2 -DOPS1=2 -DKIND1=0 -DKIND2=0 -DKIND3=4
 			-DKIND4=2) ;;
+	NO_LAST_LOOK)
+		options=("${neighbour[@]}") ;;
 	GRACE_UNLOCKED)
 		options=("${growth[@]}") ;;
 	esac
