@@ -373,6 +373,27 @@ rates()
 	between 'microseconds for 1 MiB' $((${EPOCHREALTIME/./} - start)) 900000 20000000
 }
 
+# Who needs a block that is being prefetched does not wait for all who read something else:
+# mq-deadline, the scheduler of nbd devices, lets idle reads wait for them up to ten seconds.
+# The disk reads one thing at a time, and has enough of them to do for five seconds.
+prefetch_beside_load()
+{
+	local disk=/dev/nullb0 dir load
+
+	need_module null_blk nr_devices=1 queue_mode=2 submit_queues=1 hw_queue_depth=1 \
+		max_sectors=255 irqmode=2 completion_nsec=5000000
+	undo wait_until 10 rmmod null_blk
+	dir=$(sysfs_of $disk)/queue
+	echo mq-deadline >"$dir/scheduler" || skip 'needs mq-deadline'
+	# what is not among these waits before the scheduler sees it
+	echo 256 >"$dir/nr_requests"
+	make_cow test-third 8192 $disk
+	load="bg run dd if=$disk of=/dev/null bs=1M count=40 iflag=direct status=none skip="
+	io /dev/mapper/test-third "${load}100" "${load}200" "${load}300" "inflight $disk 1" \
+		'run sleep 0.5' 'message test-third prefetch 0 256' 'check 512k 4k ?' \
+		'pending 3' join 'status test-third cached=256'
+}
+
 #
 # Everything at once
 #
@@ -567,6 +588,7 @@ run_tests \
 	prefetch_and_remove 'a removal during a prefetch' \
 	prefetch_and_limit 'a lower limit during a prefetch' \
 	rates 'rates of prefetches' \
+	prefetch_beside_load 'who needs what is being prefetched, beside other load' \
 	evictions 'random I/O while the cache is small, and dropped' \
 	prefetches 'random I/O while prefetches start and end' \
 	rebases 'random I/O while the base is exchanged' \
