@@ -310,6 +310,111 @@ while not a.aio_command_completed(slow):
 	stops TERM
 }
 
+# Once the copy that is nobody's has been prefetched, no client needs the base.
+prefetched()
+{
+	local dev before
+
+	begin_serve make_image 4M
+	base=$REPLY
+	serve base="$base" per-client=true
+	dev=$(member base_device "test-cow-$server-0")
+	cowctl prefetch "test-cow-$server-0"
+	before=$(sectors_read "$dev")
+	clients '
+a, b = connect(), connect()
+a.pwrite(b"A" * 4096, 0)
+assert a.pread(1 << 20, 0) == b"A" * 4096 + BASE[4096:]
+assert b.pread(1 << 20, 0) == BASE
+import json, subprocess
+hits = [c["hits"] for c in json.loads(subprocess.check_output(["cowctl", "--json", "list"]))]
+assert sorted(hits) == [0, (1 << 20) - 4096, 1 << 20], hits'
+	is 'sectors read from the base' "$(sectors_read "$dev")" "$before"
+	stops TERM
+}
+
+# What serves a client can be changed while it does.
+set_served()
+{
+	local name
+
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" per-export-name=true
+	clients 'connect("a")'
+	name=$(copies)
+	clients '
+import subprocess
+def change(key):
+    subprocess.check_call(["cowctl", "set", "'"$name"'", key])
+a, b = connect("a"), connect("b")
+change("limit=64K")
+a.pwrite(b"A" * 65536, 0)
+try:
+    a.pwrite(b"A" * 4096, 65536)
+    raise SystemExit("there was room")
+except nbd.Error as e:
+    assert e.errno == "ENOSPC", e
+b.pwrite(b"B" * 131072, 0)
+change("limit=none")
+a.pwrite(b"A" * 4096, 65536)
+a.shutdown()
+assert connect("a").pread(69632, 0) == b"A" * 69632'
+	is 'the limit' "$(member limit "$name")" null
+	stops TERM
+}
+
+# What is read ahead through a copy stays for all, if that is asked for.
+read_ahead()
+{
+	local name
+
+	begin_serve make_brd 4096
+	base=$REPLY
+	serve base="$base" cow-on-cache=true
+	clients 'connect().pread(4096, 0)'
+	name=$(copies)
+	is 'cow-on-cache' "$(member cow_on_cache "$name")" true
+	is 'cached' "$(member cached "$name")" 0
+	dd if="/dev/mapper/$name" of=/dev/null bs=4k count=16 status=none
+	between 'cached' "$(member cached "test-cow-$server-0")" 4096 4194304
+	stops TERM
+}
+
+# All that clients change is stored where TMPDIR says, and no more than fits there.
+tmpdir()
+{
+	local plugin fill
+
+	begin_serve make_brd 4096
+	base=$REPLY
+	mkdir "$work/tmpfs"
+	undo rmdir "$work/tmpfs"
+	mount -t tmpfs -o size=64k tmpfs "$work/tmpfs"
+	undo umount "$work/tmpfs"
+	TMPDIR=$work/tmpfs serve base="$base"
+	fill='
+a = connect()
+a.pwrite(b"A" * 65536, 0)
+try:
+    a.pwrite(b"A" * 4096, 65536)
+    raise SystemExit("there was room")
+except nbd.Error as e:
+    assert e.errno == "ENOSPC", e
+assert a.pread(1 << 20, 0) == b"A" * 65536 + BASE[65536:]'
+	clients "$fill"
+	is 'tmpfs' "$(member tmpfs "$(copies)")" "$work/tmpfs"
+	stops TERM
+
+	plugin=$(dirname "$(realpath "$(command -v cowctl)")")/nbdkit-nbdcow-plugin.so
+	undo rm -f "$work"/{socket,socket.pid}
+	TMPDIR=$work/tmpfs start_nbdkit "$work/socket" "$plugin" base="$base" name=test-cow
+	socket=$work/socket clients "$fill"
+	is 'tmpfs' "$(member tmpfs "$(copies)")" "$work/tmpfs"
+	stop_nbdkit "$(<"$work/socket.pid")"
+	nothing_left
+}
+
 remove_left_over()
 {
 	! dmsetup info "$1" || dmsetup remove --retry "$1"
@@ -550,6 +655,10 @@ run_tests \
 	limits 'limits, and the most clients' \
 	many_clients '64 clients at once' \
 	coming_and_going 'clients that come and go under load' \
+	prefetched 'a base that is prefetched is not read for clients' \
+	set_served 'what serves a client is changed' \
+	read_ahead 'what is read ahead stays' \
+	tmpdir 'changes are stored in TMPDIR, by serve and by the plugin alone' \
 	killed 'servers that are killed' \
 	cache_requests 'cache requests of several clients' \
 	over_nbd 'a base behind NBD' \
