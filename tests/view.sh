@@ -216,6 +216,27 @@ large()
 	io $VIEW 'check 4M 1M .' 'check 5M 4k A' 'check 200G 1M 0'
 }
 
+# A copy that grows again and again while its view goes, which has the layer for longer than
+# it is in the list of views: until a grace period is over and what was saved is freed.
+going()
+{
+	local COW=/dev/mapper/test-cow2 commands=() sectors=65536 i n
+
+	undo io /dev/ram0 'absent test-view'
+	make_cow test-cow2 $sectors /dev/ram0
+	for i in 1 2 3; do
+		commands+=('write 0 32M A' "create test-view 65536 nbdcow-view $COW /dev/ram0"
+			'write 0 32M B' 'bg remove test-view')
+		for ((n = 0; n < 200; n++)); do
+			commands+=("try load test-cow2 $((sectors += n % 10 ? 0 : 8)) nbdcow /dev/ram0")
+		done
+		commands+=(join "reload test-cow2 $sectors nbdcow /dev/ram0" 'check 0 32M B'
+			'message test-cow2 reset' 'check 0 32M .')
+	done
+	io $COW "${commands[@]}"
+	io $COW "size ${sectors}s"
+}
+
 # Mounted and suspended with its file system, it can be frozen.
 mounted()
 {
@@ -261,5 +282,6 @@ run_tests \
 	no_room 'no memory to keep a block' \
 	bad_tables 'tables and messages that are no good' \
 	large 'a discard of 1 TiB beside a view' \
+	going 'a view that goes while its device grows' \
 	mounted 'a file system' \
 	races 'views of a busy copy'
