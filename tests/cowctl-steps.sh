@@ -132,7 +132,7 @@ nothing_left()
 		[ -e "$file" ] || continue
 		read -r text <"$file"
 		case $text in
-		test-cow | "$work/disk.img") fail "left: $file" ;;
+		test-cow* | "$work"/*.img) fail "left: $file" ;;
 		esac
 	done
 	! compgen -G '/sys/block/nbd*/pid' || fail 'a connection is left'
@@ -385,6 +385,54 @@ create_after_killed_remove()
 }
 
 #
+# Partitions
+#
+
+# make_disk: an image with a partition; $disk is the base
+make_disk()
+{
+	need cowctl strace kpartx sfdisk
+	make_file parted.img 4M
+	echo 'start=2048,size=2048' | sfdisk -q "$REPLY"
+	disk=base=$REPLY
+	undo sweep
+}
+
+# A copy whose partition was not made yet when create was killed is there already.
+after_killed_partitions()
+{
+	after_kill 4 "$@"
+	cowctl set test-cow partitions=true
+	test -b /dev/mapper/test-cowp1
+	cowctl remove test-cow
+	nothing_left
+}
+
+copy_of_disk()
+{
+	exists || cowctl create test-cow "$disk"
+}
+
+after_killed_set_partitions()
+{
+	after_kill 0 "$@"
+	test -b /dev/mapper/test-cowp1
+	cowctl set test-cow partitions=false
+	test ! -e /dev/mapper/test-cowp1
+}
+
+killed_partitions()
+{
+	make_disk
+	disturb signal=SIGKILL : after_killed_partitions \
+		cowctl create test-cow "$disk" partitions=true
+	disturb signal=SIGKILL copy_of_disk after_killed_set_partitions \
+		cowctl set test-cow partitions=true
+	cowctl remove test-cow
+	nothing_left
+}
+
+#
 # Set and reset
 #
 
@@ -479,6 +527,15 @@ reset_it()
 	cowctl reset test-cow
 }
 
+after_killed_map()
+{
+	after_kill 0 "$@"
+	# shellcheck disable=SC2010 # these are the test's
+	is 'the files' "$(ls -A "$work" | grep map)" map.svg
+	[ "$(tail -n 1 "$work/map.svg")" = '</svg>' ]
+	rm "$work/map.svg"
+}
+
 # Some of the changes may be there.
 after_killed_load()
 {
@@ -502,6 +559,8 @@ killed_copies()
 	make_copy
 	write_to_it
 	undo rm -f "$work"/{diff,saved}.qcow2 "$work/.diff.qcow2.cowctl-part" "$work/target"
+	undo rm -f "$work"/{,.}map.svg*
+	disturb signal=SIGKILL : after_killed_map cowctl map test-cow output="$work/map.svg"
 	disturb signal=SIGKILL : after_killed_diff cowctl diff test-cow "$work/diff.qcow2"
 	cp "${device#base=}" "$work/target"
 	disturb signal=SIGKILL : after_killed_commit cowctl commit test-cow to="$work/target"
@@ -593,6 +652,32 @@ killed_unexport()
 }
 
 #
+# Serve
+#
+
+# It ends well, also after one that was killed, and then all is gone.
+after_killed_serve()
+{
+	after_kill 0 "$@"
+	nothing_left
+}
+
+# Until it listens, which it says; then it is told to end, and does that at its leisure. It
+# is the shell that becomes cowctl, for that is what strace looks at.
+killed_serve()
+{
+	local serve
+
+	# shellcheck disable=SC2016 # it is the inner shell's
+	serve='rm -f "$1"
+		while sleep 0.1 && kill -0 $$; do [ ! -s "$1" ] || kill $$; done 2>/dev/null &
+		exec cowctl serve test-cow "$2" per-client=true holes=false >"$1"'
+	make_bases
+	undo rm -f "$work/address"
+	disturb signal=SIGKILL : after_killed_serve sh -c "$serve" - "$work/address" "$uri"
+}
+
+#
 # Two at once
 #
 
@@ -675,12 +760,14 @@ run_tests \
 	killed_remove 'remove, killed at each step and given again' \
 	failed_remove 'remove, with a failure at each step' \
 	create_after_killed_remove 'create after a remove that was not finished' \
+	killed_partitions 'partitions with create and set, killed and given again' \
 	killed_change 'set and reset, killed at each step and given again' \
 	killed_services 'set and prefetch of what goes on, killed and given again' \
-	killed_copies 'diff, load and commit, killed at each step and given again' \
+	killed_copies 'map, diff, load and commit, killed at each step and given again' \
 	killed_export 'export, killed at each step and given again' \
 	killed_export_by_nbd_server 'export by nbd-server, killed and given again' \
 	failed_export 'export, with a failure at each step' \
 	stopped_export 'export, told to stop at each step' \
 	killed_unexport 'unexport, killed at each step and given again' \
+	killed_serve 'serve, killed at each step and given again' \
 	two_at_once 'two commands at once for one name'
