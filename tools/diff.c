@@ -415,7 +415,7 @@ static int copy_in(struct load *load)
 			   load->image.path);
 	if (!err && fsync(load->fd))
 		err = fail(-errno, "cannot write to %s: %m", load->args->name);
-	return err;
+	return !err && interrupted() ? -EINTR : err;
 }
 
 /* Nobody else may use the device meanwhile, nor keep in memory what it had before. */
