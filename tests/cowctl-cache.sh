@@ -237,6 +237,8 @@ whole_prefetch()
 
 parts_of_prefetches()
 {
+	local rc=0
+
 	begin make_loop_base 8388608
 	undo rm -f "$work/out" "$work/err"
 	cowctl create test-cow base="$REPLY" cache-limit=6M
@@ -268,7 +270,8 @@ parts_of_prefetches()
 	wait_until 10 prefetch_state running
 	wait_until 10 test -s "$work/out"
 	kill -INT $!
-	wait $! || is 'its exit status' $? 130
+	wait $! || rc=$?
+	is 'its exit status' $rc 130
 	prefetch_state stopped
 	is 'errors' "$(<"$work/err")" ''
 
@@ -331,7 +334,7 @@ holes()
 	is 'extents' "$(extents test-cow)" '512h 1b 12799487h 1024b 13413376h'
 	dev=$(member base_device test-cow)
 	before=$(sectors_read "$dev")
-	cmp -n $((64 << 20)) -i 0:52395245568 "$work/sparse.img" $COW && fail 'there is something'
+	cmp -n $((16 << 20)) -i 0:$((40000 << 20)) /dev/zero $COW
 	cmp -i $((49990 << 20)) -n $((32 << 20)) "$work/sparse.img" $COW
 	between 'sectors read' $(($(sectors_read "$dev") - before)) 8192 9216
 	# other copies know, too, and a partial write does not ask

@@ -318,7 +318,7 @@ waits_for_a_base()
 	io $COW 'write 2049s 1s B' 'write 4097s 1s C' 'is 4096s .C......' &
 	writer=$!
 	wait_until 20 waiting 2
-	cowctl status test-cow | grep -E '^  reads waiting +[2-9]'
+	cowctl status test-cow | grep -E '^  requests waiting +[2-9]'
 	is 'health' "$(member health test-cow)" base-error
 	io $COW 'is 1M ABAAAAAA'
 	serve socket2 "$work/disk.img"
@@ -496,7 +496,7 @@ stays_where_it_is()
 # A base that does not answer is waited for, unless one is told to stop.
 hanging_base()
 {
-	local server reader pid
+	local server reader pid rc=0
 
 	need nbdkit nbd-client
 	begin serve_image 4M
@@ -510,7 +510,8 @@ hanging_base()
 	cowctl rebase test-cow base="$work/disk.img" force=true &
 	wait_until 10 loop_is_held
 	kill -TERM $!
-	wait $! || is 'its exit status' $? 143
+	wait $! || rc=$?
+	is 'its exit status' $rc 143
 	is 'loop devices left' "$(losetup -a | grep "($work" || :)" ''
 	kill -0 $reader
 	# what nohup has it ignore is no reason to stop

@@ -146,11 +146,20 @@ total_limit()
 
 total_limit_default()
 {
-	local limit
+	local param=$MODULE/parameters/total_limit limit percent
 
-	limit=$(<$MODULE/parameters/total_limit)
+	limit=$(<$param)
 	[ "$limit" = 50% ] || [ -z "${RUNNING_KERNEL:-}" ] || skip 'somebody has set total_limit'
 	is total_limit "$limit" 50%
+
+	# a percentage of the memory that the kernel has
+	percent=$(awk '/^MemTotal:/ { print int($2 / 4 / 100) }' /proc/meminfo)
+	make_cow test-cow $((percent * 8 + 8192)) "$base"
+	undo eval "echo $limit >$param"
+	echo 1% >$param
+	io /dev/mapper/test-cow "write 0 $(((percent - 64) * 4))k A" \
+		"fails ENOSPC write $(((percent - 64) * 4))k 1M A"
+	between 'blocks stored' "$(<$MODULE/parameters/total_used)" $((percent - 64)) $((percent + 1))
 }
 
 total_limit_grammar()

@@ -1046,7 +1046,7 @@ static void print_status(struct json_object *device)
 	static const char *const counters[][2] = {
 		{ "writes refused", "writes_refused" },
 		{ "base read errors", "base_errors" },
-		{ "reads waiting", "queued" },
+		{ "requests waiting", "queued" },
 		{ "open", "open_count" },
 		{ NULL, NULL }
 	};
