@@ -162,6 +162,7 @@ modules := $(DESTDIR)/lib/modules
 sbin := $(DESTDIR)$(PREFIX)/sbin
 man8 := $(DESTDIR)$(PREFIX)/share/man/man8
 completions := $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+share := $(DESTDIR)$(PREFIX)/share/cowctl
 with_man := $(shell command -v rst2man)
 
 .PHONY: install uninstall
@@ -170,6 +171,7 @@ install: module tool $(if $(plugin_dir),,no-plugin) $(if $(with_man),man)
 	$(Q)[ -n '$(DESTDIR)' ] || depmod -a $(release)
 	$(Q)install -D -m 755 $(B)/cowctl $(sbin)/cowctl
 	$(Q)install -D -m 644 tools/cowctl.bash $(completions)/cowctl
+	$(Q)install -D -m 644 Documentation/cowctl.schema.json $(share)/cowctl.schema.json
 ifneq ($(plugin_dir),)
 	$(Q)install -D -m 644 $(B)/nbdkit-nbdcow-plugin.so $(DESTDIR)$(plugin_dir)/nbdkit-nbdcow-plugin.so
 endif
@@ -188,6 +190,7 @@ uninstall:
 	done
 	$(Q)rm -f $(sbin)/cowctl $(man8)/cowctl.8 $(completions)/cowctl \
 		$(if $(plugin_dir),$(DESTDIR)$(plugin_dir)/nbdkit-nbdcow-plugin.so)
+	$(Q)rm -rf $(share)
 
 #
 # Try and check
@@ -254,6 +257,6 @@ bench-quick bench-cache: bench-%:
 
 .PHONY: clean distclean
 clean:
-	$(Q)rm -rf build/cowctl build/cowctl.8 build/*.so build/tools build/plugin build/tests build/modules build/check build/vm
+	$(Q)rm -rf build/cowctl build/cowctl.8 build/*.so build/tools build/plugin build/tests build/modules build/check build/user build/vm
 distclean:
 	$(Q)rm -rf build
