@@ -149,6 +149,43 @@ maps_partitions()
 	image_is_unchanged
 }
 
+# A partition table that is not there any more, or whose devices cannot be made.
+no_partitions()
+{
+	need kpartx sfdisk wipefs
+	begin make_disk
+	make_file other 1M
+	cowctl create test-cow base="$work/disk.img" partitions=true
+	wipefs -qaf $COW
+	cowctl set test-cow partitions=true
+	is 'partitions' "$(partitions test-cow)" '[]'
+
+	# the name of the second one is taken
+	cowctl create test-cowp2 base="$work/other"
+	cowctl reset test-cow
+	says 1 'kpartx fails' cowctl set test-cow partitions=true limit=1M
+	is 'partitions' "$(partitions test-cow)" '[]'
+	is 'limit' "$(member limit test-cow)" null
+	cowctl remove test-cowp2
+	cowctl set test-cow partitions=true
+	is 'partitions' "$(partitions test-cow | jq length)" 2
+
+	# a reset is one, whatever becomes of the devices
+	cowctl set test-cow partitions=false
+	wipefs -qaf $COW
+	printf 'label: gpt\nstart=2048,size=4096\n' | sfdisk -q --no-tell-kernel $COW
+	cowctl set test-cow partitions=true
+	cowctl create test-cowp2 base="$work/other"
+	cowctl reset test-cow force=true 2>"$work/err"
+	grep '^cowctl: test-cow was reset, but the devices are not' "$work/err"
+	is 'used' "$(member used test-cow)" 0
+	rm "$work/err"
+	cowctl remove test-cowp2
+	cowctl remove test-cow
+	nothing_left
+	image_is_unchanged
+}
+
 # Without kpartx nothing is made.
 misses_kpartx()
 {
@@ -430,6 +467,19 @@ comes_back()
 	reconnector
 	io $COW 'check 64k 64k .' 'check 1M 4k A'
 	cowctl remove test-cow
+
+	# a path of the socket that is not absolute is one all the same
+	(cd "$work" && cowctl create test-cow base='nbd+unix:///?socket=socket' on-base-error=queue)
+	is 'base' "$(member base test-cow)" "$uri"
+	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
+	io $COW 'check 2M 64k .' &
+	reader=$!
+	wait_until 20 waiting 1
+	serve_again
+	wait_until 20 not waiting 1
+	wait $reader
+	wait_until 20 connections_are 1
+	cowctl remove test-cow
 	nothing_left
 	image_is_unchanged
 }
@@ -507,6 +557,13 @@ hanging_base()
 	io $COW 'write 0 4k A' 'check 1M 4k .' &
 	reader=$!
 	wait_until 10 has_used 4096
+	# neither when both are compared
+	cowctl rebase test-cow base="$work/disk.img" &
+	wait_until 10 compares $!
+	kill -TERM $!
+	wait $! || rc=$?
+	is 'its exit status' $rc 143
+	rc=0
 	cowctl rebase test-cow base="$work/disk.img" force=true &
 	wait_until 10 loop_is_held
 	kill -TERM $!
@@ -525,6 +582,12 @@ hanging_base()
 	wait $pid
 	is 'base' "$(member base test-cow)" "$work/disk.img"
 	io $COW 'check 0 4k A' 'check 4k end .'
+}
+
+# It has a process that reads.
+compares()
+{
+	pgrep -P "$1" -x cowctl
 }
 
 # It waits in the kernel, for what is under way.
@@ -596,6 +659,7 @@ run_tests \
 	interrupted_set 'SIGTERM in the middle of several changes' \
 	grows_mounted 'a mounted file system grows' \
 	maps_partitions 'devices for partitions' \
+	no_partitions 'partitions that are gone, or cannot have devices' \
 	misses_kpartx 'kpartx is missed' \
 	moves 'from base to base' \
 	small_bases 'bases that are smaller than a block' \

@@ -263,7 +263,7 @@ exports()
 {
 	local server socket=$run_dir/test-cow.sock
 
-	need nbdkit nbd-server nbdcopy
+	need nbdkit nbd-server nbdcopy nbdinfo script
 	begin make_brd 1024
 	cowctl create test-cow base="$REPLY"
 	io /dev/mapper/test-cow 'write 4k 64k A'
@@ -290,6 +290,15 @@ exports()
 	[ ! -e /proc/net/if_inet6 ] || serves nbdkit 'nbd://[::1]:10998' port=10998 address=::1
 	(cd "$work/d" && cowctl export test-cow socket=here)
 	is 'the address' "$(member export.uri test-cow)" "nbd+unix:///?socket=$work/d/here"
+	cowctl unexport test-cow
+
+	# it outlives the terminal it was started from, and keeps nothing of its caller's
+	exec 7>"$work/out"
+	flock 7
+	script -qec 'cowctl export test-cow' /dev/null </dev/null
+	exec 7>&-
+	flock -n "$work/out" true
+	nbdinfo --size "nbd+unix:///?socket=$socket"
 }
 
 # What a client writes is in the copy once it has flushed, or the server is stopped.
@@ -402,10 +411,12 @@ refuses_bases()
 	says 2 'size=16E is out of range' cowctl create test-cow base=$dev size=16E
 	says 2 'round=off is neither' cowctl create test-cow base=$dev round=off
 	says 2 'limit=x is no size' cowctl create test-cow base=$dev limit=x
-	says 1 'cannot create test-cow: ' cowctl create test-cow base=$dev size=7E
+	says 2 'size=8P is out of range: from 1 byte to less than 8 PiB' \
+		cowctl create test-cow base=$dev size=8P
 	says 2 'neither nbd:// nor' cowctl create test-cow base=http://localhost/
 	says 2 'neither nbd:// nor' cowctl create test-cow base=nbds://localhost/
 	says 2 'is not of the form' cowctl create test-cow base=nbd://
+	says 2 'is not of the form' cowctl create test-cow base=$'nbd://localhost/a\nb'
 	says 2 "'=' in it" cowctl create test-cow 'base=nbd+unix:///?socket=/tmp/a%3Db'
 	says 1 'nbd-client cannot connect to nbd://127.0.0.1:10996' \
 		cowctl create test-cow base=nbd://127.0.0.1:10996

@@ -558,6 +558,34 @@ slow_holes()
 	stops TERM
 }
 
+# A base that does not answer, in the middle of what a client reads, holds up nobody's end.
+hanging_base()
+{
+	local hanging reader
+
+	need nbdkit nbd-client
+	begin_serve :
+	dd if=/dev/urandom of="$work/disk.img" bs=1M count=4 status=none
+	undo rm -f "$work"/{disk.img,nbd,nbd.pid}
+	start_nbdkit "$work/nbd" -r file "$work/disk.img"
+	hanging=$(<"$work/nbd.pid")
+	serve base="nbd+unix:///?socket=$work/nbd"
+	undo kill -CONT "$hanging"
+	kill -STOP "$hanging"
+	nbdsh -u "$uri" -c 'h.pread(65536, 1 << 20)' &
+	reader=$!
+	wait_until 20 waits_in_kernel
+	stops TERM
+	wait $reader && fail 'there was an answer'
+	grep 'does not answer; its connection is ended' "$work/errors"
+}
+
+# A thread of nbdkit's waits for the base.
+waits_in_kernel()
+{
+	grep -qs blkdev_direct_IO /proc/"$(pgrep -x nbdkit -P "$server")"/task/*/stack
+}
+
 # The sockets of systemd, which are open already and come with the environment.
 activated()
 {
@@ -675,6 +703,7 @@ run_tests \
 	over_nbd 'a base behind NBD' \
 	holes 'clients are told the holes of the base' \
 	slow_holes 'holes that are told late' \
+	hanging_base 'a base that does not answer' \
 	activated 'sockets from systemd' \
 	tcp 'a TCP port' \
 	interrupted_start 'Ctrl-C while it starts' \

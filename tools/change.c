@@ -146,9 +146,11 @@ static int apply(const struct args *args, const struct cow *cow, const struct ch
 	       (args->value[KEY_CACHE] ? dm_message(args, "drop_cache") : 0);
 }
 
-/* The old table has all that was changed. */
-static void undo(const struct args *args, const struct cow *cow, const char *watched)
+/* The old table has all that was changed; @had_parts: there were devices of partitions. */
+static void undo(const struct args *args, const struct cow *cow, const char *watched,
+		 bool had_parts)
 {
+	struct part *parts = NULL;
 	struct cow now;
 
 	watch_stop(cow->mangled);
@@ -157,6 +159,13 @@ static void undo(const struct args *args, const struct cow *cow, const char *wat
 		dm_reload(cow, cow->sectors, cow->params, true);
 	if (*watched)
 		watch_start(cow, watched);
+	if (args->value[KEY_PARTITIONS] || args->value[KEY_SIZE]) {
+		if (had_parts)
+			parts_map(cow->path, true);
+		else if (parts_find(cow, &parts))
+			parts_unmap(cow->path);
+		free(parts);
+	}
 	switch_reconnect(args, cow, cow->table.queue_errors);
 }
 
@@ -164,7 +173,9 @@ int cmd_set(const struct args *args)
 {
 	char watched[PATH_MAX] = "";
 	struct change change;
+	struct part *parts;
 	struct cow cow;
+	bool had_parts;
 	int err, lock;
 
 	err = parse_change(args, &change);
@@ -176,9 +187,11 @@ int cmd_set(const struct args *args)
 	err = find_cow(args, &cow);
 	if (!err) {
 		watch_find(cow.mangled, watched);
+		had_parts = parts_find(&cow, &parts);
+		free(parts);
 		err = apply(args, &cow, &change);
 		if (err)
-			undo(args, &cow, watched);
+			undo(args, &cow, watched, had_parts);
 	}
 	close(lock);
 	return err;
@@ -189,6 +202,7 @@ int cmd_set(const struct args *args)
  */
 
 #define SAMPLES	256
+#define READ_MS	10000
 
 /* What is known of the new base. */
 enum sameness {
@@ -250,17 +264,26 @@ static uint64_t count_blocks(uint64_t bytes)
 	return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
 }
 
-static int compare(const struct args *args, int old, uint64_t old_bytes, const struct base *base,
-		   uint64_t *compared)
-{
-	uint64_t blocks = count_blocks(old_bytes);
-	uint64_t samples = blocks < SAMPLES ? blocks : SAMPLES;
+struct comparison {
+	const struct args *args;
+	const struct base *base;
+	int old;
+	uint64_t old_bytes;
+	uint64_t samples;
+};
 
-	posix_fadvise(old, 0, 0, POSIX_FADV_RANDOM);
+static int compare(void *arg)
+{
+	const struct comparison *comparison = arg;
+	const struct args *args = comparison->args;
+	const struct base *base = comparison->base;
+	uint64_t blocks = count_blocks(comparison->old_bytes);
+
+	posix_fadvise(comparison->old, 0, 0, POSIX_FADV_RANDOM);
 	posix_fadvise(base->fd, 0, 0, POSIX_FADV_RANDOM);
-	for (uint64_t i = 0; i < samples; i++) {
-		uint64_t block = sample(i, samples, blocks);
-		int err = interrupted() ? -EINTR : compare_block(old, base->fd, block, old_bytes);
+	for (uint64_t i = 0; i < comparison->samples; i++) {
+		uint64_t block = sample(i, comparison->samples, blocks);
+		int err = compare_block(comparison->old, base->fd, block, comparison->old_bytes);
 
 		if (err == -EILSEQ)
 			return fail(err, "base %s differs from the base of %s, at byte %" PRIu64,
@@ -269,11 +292,24 @@ static int compare(const struct args *args, int old, uint64_t old_bytes, const s
 			return fail_uncomparable(args, base, "cannot be read");
 		if (err == -EREMOTEIO)
 			return fail(err, "cannot read base %s", base->text);
-		if (err)
-			return err;
 	}
-	*compared = samples;
 	return 0;
+}
+
+/* In a process of its own: the old base may be moved away from because it hangs. */
+static int compare_apart(const struct args *args, int old, uint64_t old_bytes,
+			 const struct base *base, uint64_t *compared)
+{
+	uint64_t blocks = count_blocks(old_bytes);
+	struct comparison comparison = {
+		.args = args, .base = base, .old = old, .old_bytes = old_bytes,
+		.samples = blocks < SAMPLES ? blocks : SAMPLES,
+	};
+	int err = call_apart(compare, &comparison, -1);
+
+	if (!err)
+		*compared = comparison.samples;
+	return err;
 }
 
 /* Whether the new base can take the place of the old one. */
@@ -295,7 +331,7 @@ static int check_same(const struct args *args, const struct cow *cow, const stru
 	else if (same == COMPARED && !*old_bytes)
 		err = fail_uncomparable(args, base, "is away");
 	else if (same == COMPARED)
-		err = compare(args, old, *old_bytes, base, compared);
+		err = compare_apart(args, old, *old_bytes, base, compared);
 	if (old >= 0)
 		close(old);
 	free(path);
@@ -342,6 +378,11 @@ bool can_be_read(int fd)
 	return pread(fd, block, sizeof(block), 0) > 0;
 }
 
+static int read_first_block(void *arg)
+{
+	return can_be_read(*(int *)arg) ? 0 : -EIO;
+}
+
 static bool base_fails(const char *mangled)
 {
 	struct cow now;
@@ -357,7 +398,9 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 	uint64_t compared, old_bytes;
 	int err = check_same(args, cow, base, same, &compared, &old_bytes);
 
-	if (!err && same == SAME_SERVER && !(can_be_read(base->fd) && base_fails(cow->mangled)))
+	/* Others wait for the lock meanwhile. */
+	if (!err && same == SAME_SERVER &&
+	    (call_apart(read_first_block, &base->fd, READ_MS) || !base_fails(cow->mangled)))
 		err = -EAGAIN;
 	if (!err && interrupted())
 		err = -EINTR;

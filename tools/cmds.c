@@ -20,6 +20,8 @@
 
 #include "cowctl.h"
 
+#define DEVICE_END	(UINT64_C(1) << 53)	/* NBDCOW_MAX_BLOCKS of the kernel */
+
 /*
  * One command at a time for a name. The lock goes with its last descriptor, so
  * nothing of it has to be cleared away. From here on the signals that ask us to
@@ -267,8 +269,8 @@ int parse_blocks(const struct args *args, enum key key, uint64_t *blocks)
 	case 0:
 		return 0;
 	case ERANGE:
-		return fail(-EINVAL, "%s=%s is out of range: from %d bytes, or 1%% to 100%%",
-			    key_name(key), text, BLOCK_BYTES);
+		return fail(-EINVAL, "%s=%s is out of range: from %d bytes to less than 16 EiB, "
+			    "or 1%% to 100%%", key_name(key), text, BLOCK_BYTES);
 	default:
 		return fail(-EINVAL, "%s=%s is no size (4G), percentage (25%%) or none",
 			    key_name(key), text);
@@ -285,7 +287,7 @@ int parse_flag(const struct args *args, enum key key, bool fallback, bool *flag)
 	       fail(-EINVAL, "%s=%s is neither true nor false", key_name(key), text);
 }
 
-/* A size of at least a byte; 0 where it is not given. */
+/* A size that a device may have; 0 where it is not given. */
 int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
 {
 	const char *text = args->value[key];
@@ -295,8 +297,8 @@ int parse_bytes(const struct args *args, enum key key, uint64_t *bytes)
 	if (!text)
 		return 0;
 	err = parse_size(text, bytes);
-	if (err == -ERANGE || (!err && (!*bytes || *bytes > INT64_MAX - BLOCK_BYTES)))
-		return fail(-EINVAL, "%s=%s is out of range: from 1 byte to less than 8 EiB",
+	if (err == -ERANGE || (!err && (!*bytes || *bytes >= DEVICE_END)))
+		return fail(-EINVAL, "%s=%s is out of range: from 1 byte to less than 8 PiB",
 			    key_name(key), text);
 	if (err)
 		return fail(-EINVAL, "%s=%s is no size (20G, 512M)", key_name(key), text);
@@ -504,12 +506,17 @@ char *device_path(unsigned int maj, unsigned int min)
 	char *link = xasprintf("/sys/dev/block/%u:%u", maj, min), *path;
 	char *file = xasprintf("%s/dm/name", link), name[NAME_BYTES];
 	char *real = realpath(link, NULL);
+	int err = read_line(file, name, sizeof(name));
 
-	if (!read_line(file, name, sizeof(name)))
+	if (!err)
 		path = xasprintf("/dev/mapper/%s", name);
 	else
 		path = real ? xasprintf("/dev/%s", strrchr(real, '/') + 1) :
 		       xasprintf("%u:%u", maj, min);
+	/* as the kernel writes the names of devices in directories */
+	for (char *s = path; real && err && *s; s++)
+		if (*s == '!')
+			*s = '/';
 	free(real);
 	free(file);
 	free(link);
@@ -1158,7 +1165,11 @@ static int reset_locked(const struct args *args, bool force)
 		err = parts_unmap(cow.path);
 	if (!err)
 		err = reset_device(args, &cow, force);
-	return n ? parts_map(cow.path, true) ?: err : err;
+	if (n && err)
+		parts_map(cow.path, true);
+	else if (n)
+		parts_renew(&cow, "reset");
+	return err;
 }
 
 int cmd_reset(const struct args *args)

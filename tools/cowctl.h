@@ -4,7 +4,8 @@
  *
  * cmds.c, change.c, changes.c, prefetch.c, top.c, wait.c, diff.c and commit.c have the
  * commands and call every layer. dm.c, nbd.c, loop.c, parts.c, export.c and image.c know
- * only parse.c and util.c; helper.c, and watch.c and holes.c above it, also dm.c.
+ * only parse.c and util.c; helper.c, and watch.c and holes.c above it, also dm.c, and
+ * holes.c nbd.c.
  * reconnect.c does by itself what a command does.
  * Functions return 0 or -errno. The layer that fails prints the one message,
  * through fail(); whoever gets the error back passes it on in silence.
@@ -213,6 +214,7 @@ struct run {
 };
 
 int run(struct run *run);
+int call_apart(int (*call)(void *arg), void *arg, int wait_ms);
 int hold_file(int fd);
 bool still_held(int fd);
 int64_t now_ms(void);
@@ -279,6 +281,7 @@ bool loop_is_part(dev_t dev);
 int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX]);
 int nbd_find(const char *mangled, struct nbd_link *link);
 int nbd_release(const char *mangled);
+void nbd_cut(const char *mangled);
 int nbd_rename(const char *from, const char *to);
 void nbd_next_slot(const char *mangled, char slot[SLOT_BYTES]);
 
@@ -292,6 +295,7 @@ struct part {
 int parts_find(const struct cow *cow, struct part **parts);
 int parts_map(const char *path, bool finish);
 int parts_unmap(const char *path);
+void parts_renew(const struct cow *cow, const char *what);
 
 /* helper.c: processes that work for a device in the background */
 

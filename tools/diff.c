@@ -457,7 +457,11 @@ static int load_locked(struct load *load, bool force)
 	if (err)
 		return err;
 	err = load_device(load);
-	return n ? parts_map(load->cow.path, true) ?: err : err;
+	if (n && err)
+		parts_map(load->cow.path, true);
+	else if (n)
+		parts_renew(&load->cow, "loaded");
+	return err;
 }
 
 static int open_input(struct load *load)

@@ -208,7 +208,7 @@ int listen_parse(const struct args *args, struct listen *listen)
 {
 	const char *path = args->value[KEY_SOCKET];
 	char *full = NULL, quoted[3 * sizeof(listen->socket)];
-	int err = 0;
+	int err = 0, zone;
 
 	memset(listen, 0, sizeof(*listen));
 	listen->port = args->value[KEY_PORT];
@@ -221,8 +221,12 @@ int listen_parse(const struct args *args, struct listen *listen)
 		if (parse_port(listen->port) < 0)
 			return fail(-EINVAL, "port=%s is not a number from 1 to 65535",
 				    listen->port);
+		/* fe80::1%eth0 */
+		zone = strcspn(listen->address, "%");
 		snprintf(listen->uri, sizeof(listen->uri), strchr(listen->address, ':') ?
-			 "nbd://[%s]:%s" : "nbd://%s:%s", listen->address, listen->port);
+			 "nbd://[%.*s%s%s]:%s" : "nbd://%.*s%s%s:%s", zone, listen->address,
+			 listen->address[zone] ? "%25" : "",
+			 listen->address + zone + !!listen->address[zone], listen->port);
 		return 0;
 	}
 	if (!path)
@@ -304,6 +308,13 @@ int find_plugin(bool needed, char **plugin)
 	return err < 0 ? err : 0;
 }
 
+/* What a terminal sends to all of a session, also when it goes, is not for the server. */
+static int leave_session(void *arg)
+{
+	(void)arg;
+	return setsid() < 0;
+}
+
 static int spawn(const char *server, const char *plugin, const struct cow *cow,
 		 const struct listen *listen)
 {
@@ -331,6 +342,7 @@ static int spawn(const char *server, const char *plugin, const struct cow *cow,
 	struct run run_server = {
 		.argv = !nbdkit ? server_argv : listen->socket[0] ? unix_argv : tcp_argv,
 		.package = nbdkit ? "nbdkit" : server, .timeout_ms = START_MS, .keep_fd = -1,
+		.in_child = leave_session,
 	};
 	int err = 0;
 

@@ -134,8 +134,12 @@ void holes_start(const char *mangled, const char *uuid, const char *text, uint64
 		.uuid = uuid, .end = base_bytes - base_bytes % BLOCK_BYTES,
 		.start = UINT64_MAX,
 	};
+	struct nbd_link link;
 	int err;
 
+	/* as it was written down, to hold in any directory */
+	if (!nbd_find(mangled, &link))
+		text = link.uri;
 	if (parse_nbd_uri(text, &holes.uri))
 		return;
 	err = helper_start(mangled, KIND, text, work, &holes, WAIT_MS);

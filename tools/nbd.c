@@ -75,6 +75,29 @@ int nbd_find(const char *mangled, struct nbd_link *link)
 	return 0;
 }
 
+static int disconnect(const struct nbd_link *link)
+{
+	const char *argv[] = { "nbd-client", "-d", link->dev, NULL };
+	struct run client = {
+		.argv = argv, .package = "nbd-client", .timeout_ms = CONNECT_MS, .keep_fd = -1,
+		.finish = true,
+	};
+	int err = run(&client);
+
+	return err > 0 ? fail(-EIO, "cannot disconnect %s: %s", link->dev, client.message) : err;
+}
+
+/* Ends the connection under whoever waits for the server's answer. */
+void nbd_cut(const char *mangled)
+{
+	struct nbd_link link;
+
+	if (!nbd_find(mangled, &link) && link.connected) {
+		warn("base %s does not answer; its connection is ended", link.uri);
+		disconnect(&link);
+	}
+}
+
 /* Ends the connection that was made for this name, if there is one. */
 int nbd_release(const char *mangled)
 {
@@ -85,21 +108,13 @@ int nbd_release(const char *mangled)
 	if (err)
 		return err == -ENOENT ? 0 : err;
 	if (link.connected) {
-		const char *argv[] = { "nbd-client", "-d", link.dev, NULL };
-		struct run client = {
-			.argv = argv, .package = "nbd-client", .timeout_ms = CONNECT_MS,
-			.keep_fd = -1, .finish = true,
-		};
-
 		fd = open_alone(link.dev);
 		if (fd == -EBUSY)
 			return fail(-EBUSY, "%s stays connected to %s, for somebody else %s",
 				    link.dev, link.uri, "uses it too; that has to end first");
 		if (fd >= 0)
 			close(fd);
-		err = run(&client);
-		if (err > 0)
-			err = fail(-EIO, "cannot disconnect %s: %s", link.dev, client.message);
+		err = disconnect(&link);
 		if (err)
 			return err;
 	}
@@ -170,6 +185,28 @@ static int connect_to(const char *dev, const struct nbd_uri *uri, const struct r
 }
 
 /*
+ * What is written down of an address has to hold in any directory. Return: it, to be freed,
+ * or NULL where @text does as it is, or the socket's path would be too long.
+ */
+static char *make_absolute(const char *text, struct nbd_uri *uri)
+{
+	char quoted[3 * sizeof(uri->socket)], *dir, *path;
+	bool fits;
+
+	if (!uri->socket[0] || uri->socket[0] == '/')
+		return NULL;
+	dir = realpath(".", NULL);
+	path = xasprintf("%s/%s", dir ?: "", uri->socket);
+	fits = dir && strlen(path) < sizeof(uri->socket) && printable(path) &&
+	       !percent_encode(path, quoted, sizeof(quoted));
+	if (fits)
+		strcpy(uri->socket, path);
+	free(path);
+	free(dir);
+	return fits ? xasprintf("%.*s?socket=%s", (int)strcspn(text, "?"), text, quoted) : NULL;
+}
+
+/*
  * Connects a free device to the server at @text, for the mapped device of this
  * name, and names it in @dev. nbd-client inherits @lock_fd: were we killed, the
  * lock would still be held until it is certain whether it has connected.
@@ -179,10 +216,12 @@ static int connect_to(const char *dev, const struct nbd_uri *uri, const struct r
 int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX])
 {
 	char *path = record_path(mangled);
-	struct record record = { .path = path, .dev = dev, .uri = text };
+	struct record record = { .path = path, .dev = dev };
 	struct nbd_uri uri;
 	int err = parse(text, &uri), fd = -1;
+	char *absolute = err ? NULL : make_absolute(text, &uri);
 
+	record.uri = absolute ?: text;
 	if (!err)
 		err = need_module();
 	for (int i = 0; !err && fd < 0; i++) {
@@ -206,6 +245,7 @@ int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PAT
 	}
 	if (err)
 		nbd_release(mangled);
+	free(absolute);
 	free(path);
 	return err ? err : fd;
 }

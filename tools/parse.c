@@ -287,6 +287,9 @@ int parse_nbd_uri(const char *text, struct nbd_uri *uri)
 	memset(uri, 0, sizeof(*uri));
 	if (!is_unix && strncmp(text, "nbd://", 6))
 		return -EPROTONOSUPPORT;
+	/* It is written down in a line. */
+	if (!printable(text))
+		return -EINVAL;
 	text += is_unix ? 11 : 6;
 
 	query = strchrnul(text, '?');

@@ -3,6 +3,7 @@
  * Devices for the partitions of a device, made by kpartx as NAMEp1 and so on.
  * Device-mapper knows them by the UUID of the device they are a part of.
  */
+#include <blkid/blkid.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,8 +70,24 @@ static int kpartx(const char *what, const char *path, bool finish)
 
 	if (err <= 0)
 		return err;
-	return fail(-EIO, "kpartx fails for %s: %s", path,
-		    kpartx.message[0] ? kpartx.message : "no reason given");
+	return fail(-EIO, "kpartx fails for %s: %s", path, kpartx.message[0] ? kpartx.message :
+		    strcmp(what, "-d") ? "no reason given" : "a partition is in use");
+}
+
+/* Return: -ENODATA when the device has no partition. */
+static int look_for_partition(void *path)
+{
+	blkid_probe probe = blkid_new_probe_from_filename(path);
+	blkid_partlist list = NULL;
+	bool none;
+
+	if (!probe)
+		return -EIO;
+	if (!blkid_probe_enable_partitions(probe, 1))
+		list = blkid_probe_get_partitions(probe);
+	none = !list || !blkid_partlist_numof_partitions(list);
+	blkid_free_probe(probe);
+	return none ? -ENODATA : 0;
 }
 
 /*
@@ -79,10 +96,26 @@ static int kpartx(const char *what, const char *path, bool finish)
  */
 int parts_map(const char *path, bool finish)
 {
+	/* kpartx removes none where there is no table, but may know one that we do not. */
+	if (call_apart(look_for_partition, (void *)path, TIMEOUT_MS) == -ENODATA) {
+		int err = kpartx("-d", path, finish);
+
+		if (err)
+			return err;
+	}
 	return kpartx("-u", path, finish);
 }
 
 int parts_unmap(const char *path)
 {
 	return kpartx("-d", path, true);
+}
+
+/* parts_map() after @what was done to the device, which stands whatever comes of it. */
+void parts_renew(const struct cow *cow, const char *what)
+{
+	if (parts_map(cow->path, true))
+		warn("%s was %s, but the devices are not those of its partitions; "
+		     "\"cowctl set %s partitions=true\" makes them so", cow->name, what,
+		     cow->name);
 }

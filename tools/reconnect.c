@@ -180,7 +180,7 @@ int reconnect_start(const char *mangled, bool holes)
 	}
 	if (uri.socket[0] && uri.socket[0] != '/')
 		warn("base %s: it is not connected anew when it is lost, for the path of its %s",
-		     source, "socket is not absolute");
+		     source, "socket is too long when it is absolute");
 	reconnect.cow = &cow;
 	reconnect.tried = now_ms();
 	err = helper_start(mangled, KIND, source, work, &reconnect, START_MS);

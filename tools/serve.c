@@ -211,7 +211,11 @@ static void stop(struct server *server)
 	pidfd_send_signal(server->pid_fd, SIGTERM, NULL, 0);
 	if (!ended(server, STOP_MS))
 		pidfd_send_signal(server->pid_fd, SIGKILL, NULL, 0);
-	waitpid(server->pid, NULL, 0);
+	/* It may wait in the kernel for a base that does not answer. */
+	if (!ended(server, STOP_MS))
+		nbd_cut(server->slot);
+	if (ended(server, STOP_MS))
+		waitpid(server->pid, NULL, 0);
 	close(server->pid_fd);
 	server->pid_fd = -1;
 }

@@ -25,6 +25,7 @@
 #define ALONE_MS	500
 #define ALONE_PROBE_MS	10
 #define BAR_WIDTH	40
+#define KILLED_MS	5000		/* that a process may take to end then */
 
 /* The nbdkit plugin has its own. */
 void __attribute__((weak)) put_message(const char *text)
@@ -99,7 +100,18 @@ void end_progress(int shown)
 /* -@error of a system call, but none that exit_code() has a meaning of its own for. */
 int io_error(int error)
 {
-	return error == EINVAL || !error ? -EIO : error == EDQUOT ? -ENOSPC : -error;
+	switch (error) {
+	case 0:
+	case EINVAL:
+	case ENODEV:
+	case ENOPKG:
+	case ETIME:
+		return -EIO;
+	case EDQUOT:
+		return -ENOSPC;
+	default:
+		return -error;
+	}
 }
 
 /* Return: 0 when all was written, or -errno. */
@@ -188,8 +200,7 @@ int write_file(const char *path, const char *text)
 	if (fd < 0) {
 		err = -errno;
 	} else {
-		if (write(fd, text, strlen(text)) != (ssize_t)strlen(text))
-			err = -EIO;
+		err = write_all(fd, text, strlen(text), 0);
 		close(fd);
 		if (!err && rename(temp, path))
 			err = -errno;
@@ -344,6 +355,8 @@ static void __attribute__((noreturn)) run_child(const struct run *run, int err_f
 	sigemptyset(&none);
 	if (!run->finish)
 		sigprocmask(SIG_SETMASK, &none, NULL);
+	/* A server would keep for ever what our caller has open. */
+	close_range(3, ~0U, CLOSE_RANGE_CLOEXEC);
 	if (run->keep_fd >= 0)
 		fcntl(run->keep_fd, F_SETFD, 0);
 	dup2(null, STDIN_FILENO);
@@ -418,6 +431,49 @@ bool still_held(int fd)
 	return fcntl(fd, F_GETLEASE) == F_RDLCK;
 }
 
+/* Waits for a child's end, but not for ever for one that was killed and hangs in the kernel. */
+static void reap(pid_t pid, int pid_fd, int wait_ms, int *status)
+{
+	struct pollfd end = { .fd = pid_fd, .events = POLLIN };
+
+	if (wait_ms >= 0 && poll(&end, 1, wait_ms) <= 0)
+		return;
+	while (waitpid(pid, status, 0) < 0 && errno == EINTR)
+		;
+}
+
+/*
+ * Calls @call in a process of its own, for it may hang: until it returns, a signal asks
+ * us to stop, or @wait_ms, unless negative, are over.
+ *
+ * Return: what it returned, which is 0 or a -errno, -EINTR or -ETIMEDOUT.
+ */
+int call_apart(int (*call)(void *arg), void *arg, int wait_ms)
+{
+	pid_t self = getpid(), pid = fork();
+	struct pollfd fds[2] = { { .events = POLLIN }, { .events = POLLIN } };
+	int status = 0, err = 0;
+
+	if (pid < 0)
+		return -errno;
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		_exit(getppid() != self ? EIO : -call(arg));
+	}
+	fds[0].fd = pidfd_open(pid, 0);
+	fds[1].fd = open_stop_signals();
+	if (poll(fds, 2, wait_ms) <= 0)
+		err = -ETIMEDOUT;
+	else if (!fds[0].revents)
+		err = -EINTR;
+	if (err)
+		kill(pid, SIGKILL);
+	reap(pid, fds[0].fd, err ? KILLED_MS : -1, &status);
+	close(fds[0].fd);
+	close(fds[1].fd);
+	return err ?: WIFEXITED(status) ? -WEXITSTATUS(status) : -EIO;
+}
+
 /*
  * Runs a program without a shell, with no input and its output discarded.
  *
@@ -446,8 +502,7 @@ int run(struct run *run)
 	err = run_wait(run, pid_fd, fds[0]);
 	if (err)
 		kill(pid, SIGKILL);
-	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-		;
+	reap(pid, pid_fd, err ? KILLED_MS : -1, &status);
 	close(pid_fd);
 	close(fds[0]);
 	if (err == -EINTR)
