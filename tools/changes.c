@@ -335,8 +335,12 @@ int cmd_changes(const struct args *args)
 	if (changes.json)
 		changes.out = open_memstream(&text, &size);
 	err = changes.out ? list_changes(&cow, &changes) : fail(-ENOMEM, "out of memory");
-	if (changes.json && changes.out && (ferror(changes.out) | fclose(changes.out)) && !err)
-		err = fail(-ENOMEM, "out of memory");
+	if (changes.json && changes.out) {
+		bool failed = ferror(changes.out);
+
+		if ((fclose(changes.out) || failed) && !err)
+			err = fail(-ENOMEM, "out of memory");
+	}
 	if (!err && text)
 		fputs(text, stdout);
 	free(text);

@@ -148,6 +148,18 @@ static int check_device(struct commit *commit, const struct cow *cow)
 	       dm_each(check_not_on_base, commit);
 }
 
+/* Whether what was opened is what was looked at before; its directory may be anybody's. */
+static int check_opened(struct commit *commit)
+{
+	struct stat now;
+
+	if (!fstat(commit->fd, &now) && (now.st_mode & S_IFMT) == (commit->st.st_mode & S_IFMT) &&
+	    (S_ISBLK(now.st_mode) ? now.st_rdev == commit->st.st_rdev :
+	     now.st_dev == commit->st.st_dev && now.st_ino == commit->st.st_ino))
+		return 0;
+	return fail(-EBUSY, "%s was replaced meanwhile", commit->path);
+}
+
 static int open_device(struct commit *commit, const struct cow *cow)
 {
 	int err = lock_target(commit, commit->st.st_rdev) ?: check_device(commit, cow);
@@ -159,6 +171,9 @@ static int open_device(struct commit *commit, const struct cow *cow)
 	if (commit->fd < 0)
 		return fail(-errno, errno == EBUSY ? "%s is in use" : "cannot open %s: %m",
 			    commit->path);
+	err = check_opened(commit);
+	if (err)
+		return err;
 	if (ioctl(commit->fd, BLKGETSIZE64, &commit->bytes))
 		return fail(-errno, "cannot get the size of %s: %m", commit->path);
 	return 0;
@@ -193,6 +208,9 @@ static int open_file(struct commit *commit, const struct cow *cow)
 	commit->fd = open(commit->path, O_RDWR | O_CLOEXEC);
 	if (commit->fd < 0)
 		return fail(-errno, "cannot open %s: %m", commit->path);
+	err = check_opened(commit);
+	if (err)
+		return err;
 	other = find_loop(&commit->st, base);
 	if (other)
 		return fail_in_use(commit, "is attached to",

@@ -451,14 +451,17 @@ int main(int argc, char **argv)
 		{ .name = NULL }
 	};
 	struct args args = { .command = cut_off_command(&argc, argv) };
-	bool want_help = false;
+	bool want_help = false, want_version = false;
 	sigset_t all;
+	char *posix = getenv("POSIXLY_CORRECT") ? strdup(getenv("POSIXLY_CORRECT")) : NULL;
 	int c, err;
 
 	fill_closed();
 	/* Who started us may have had it ignored; then nobody's status could be waited for. */
 	signal(SIGCHLD, SIG_DFL);
 	opterr = 0;
+	/* Options may follow the command everywhere; only what "wait" runs is to see it. */
+	unsetenv("POSIXLY_CORRECT");
 	/* No letters: what is not understood is then always the whole of a word. */
 	while ((c = getopt_long_only(argc, argv, "", options, NULL)) != -1) {
 		switch (c) {
@@ -475,15 +478,21 @@ int main(int argc, char **argv)
 			args.watch = true;
 			break;
 		case 'V':
-			puts("cowctl " VERSION);
-			return 0;
+			want_version = true;
+			break;
 		default:
 			fail(-EINVAL, "there is no option %s; see \"cowctl --help\"",
 			     argv[optind - 1]);
 			return EXIT_USAGE;
 		}
 	}
-	err = run_command(argv + optind, &args, want_help);
+	if (posix)
+		setenv("POSIXLY_CORRECT", posix, 1);
+	free(posix);
+	if (want_version)
+		err = printf("cowctl " VERSION "\n") < 0 ? -EIO : 0;
+	else
+		err = run_command(argv + optind, &args, want_help);
 	errno = 0;
 	/* or it was lost earlier, when somebody else has flushed it */
 	if ((fflush(stdout) || ferror(stdout)) && !err)

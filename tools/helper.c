@@ -90,13 +90,14 @@ void helper_ready(int ready_fd, int err)
 static int lock_record(const char *path, const char *text)
 {
 	struct flock lock = { .l_type = F_WRLCK };
-	int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600), err;
 
 	if (fd < 0)
 		return -errno;
-	if (fcntl(fd, F_SETLK, &lock) || write(fd, text, strlen(text)) != (ssize_t)strlen(text)) {
+	err = fcntl(fd, F_SETLK, &lock) ? -errno : write_all(fd, text, strlen(text), 0);
+	if (err) {
 		close(fd);
-		return -EIO;
+		return err;
 	}
 	return fd;
 }

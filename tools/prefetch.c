@@ -81,12 +81,16 @@ static int result(const struct args *args, const struct cow *cow)
 
 static int watch(const struct args *args, struct cow *cow)
 {
+	void (*on_sigpipe)(int) = signal(SIGPIPE, SIG_IGN);
 	char uuid[sizeof(cow->uuid)];
 	int shown = -1, signals = open_stop_signals(), err;
 
 	memcpy(uuid, cow->uuid, sizeof(uuid));
 	for (;;) {
-		struct pollfd signal = { .fd = signals, .events = POLLIN };
+		struct pollfd fds[] = {
+			{ .fd = signals, .events = POLLIN },
+			{ .fd = STDOUT_FILENO },	/* a pipe that nobody reads any more */
+		};
 
 		err = find_cow(args, cow);
 		if (!err && strcmp(cow->uuid, uuid))
@@ -99,13 +103,17 @@ static int watch(const struct args *args, struct cow *cow)
 		if (strcmp(cow->status.prefetch, "running"))
 			break;
 		/* The signal stays pending, and ends us when all is done. */
-		if (poll(&signal, 1, LOOK_MS) > 0) {
+		poll(fds, 2, LOOK_MS);
+		if (fds[0].revents || (fds[1].revents & POLLERR)) {
 			dm_ask(makedev(cow->major, cow->minor), "prefetch stop", NULL);
 			err = -EINTR;
 			break;
 		}
 	}
 	close(signals);
+	signal(SIGPIPE, on_sigpipe);
+	if (err == -EINTR && !interrupted())
+		raise(SIGPIPE);
 	end_progress(shown);
 	return err ? err : result(args, cow);
 }
