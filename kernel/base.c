@@ -308,7 +308,8 @@ static void fetch_endio(struct bio *bio)
 {
 	struct nbdcow_fetch *fetch = container_of(bio, struct nbdcow_fetch, bio);
 
-	queue_work(nbdcow_wq, &fetch->work);
+	/* Only after a success nothing is read again. */
+	queue_work(bio->bi_status ? nbdcow_base_wq : nbdcow_wq, &fetch->work);
 }
 
 static void fetch_read(struct nbdcow_fetch *fetch, blk_opf_t flags)
@@ -575,7 +576,7 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 		/* Who joined meanwhile is sent to the base by the work: that can block. */
 		bio_init(&fetch->bio, NULL, NULL, 0, REQ_OP_READ);
 		fetch->bio.bi_status = BLK_STS_IOERR;
-		queue_work(nbdcow_wq, &fetch->work);
+		queue_work(nbdcow_base_wq, &fetch->work);
 		return -EAGAIN;
 	}
 	this_cpu_add(t->overlay->stats->misses, bio_sectors(bio));

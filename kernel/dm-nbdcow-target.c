@@ -179,9 +179,10 @@
 	round_down(UINT_MAX >> SECTOR_SHIFT, NBDCOW_BLOCK_SECTORS)
 
 /*
- * nbdcow_wq: short work after a read of the base, on the CPU where that ended, so that
- * one thread does many. nbdcow_long_wq: work that may take long. nbdcow_base_wq: work
- * that sends reads to the base, and hangs with a base that hangs.
+ * nbdcow_wq: what follows a read of the base, and blocks on swap, on the CPU where that
+ * began, so that one thread does many; it waits for swap and memory, never for a base.
+ * nbdcow_long_wq: work that may take long. nbdcow_base_wq: all that sends reads to the
+ * base outside of map(), and hangs with a base that hangs.
  */
 struct workqueue_struct *nbdcow_wq;
 struct workqueue_struct *nbdcow_long_wq;

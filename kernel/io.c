@@ -494,7 +494,7 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 				return finish_bio(bio, -EAGAIN);
 			if (ret == -EINPROGRESS)
 				return nbdcow_defer(t, bio);
-			nbdcow_rmw_submit(t, bio);
+			nbdcow_rmw_submit(t, bio, false);
 			return DM_MAPIO_SUBMITTED;
 		}
 		if (ret)
@@ -556,6 +556,7 @@ static void take_back(struct nbdcow_io *io, struct bio *bio)
 	bio_set_dev(bio, io->t->self);
 }
 
+/* Context: nbdcow_base_wq, for it may wait for a base that hangs. */
 static void send_again(struct nbdcow_io *io, struct bio *bio,
 		       unsigned int bytes)
 {
@@ -567,6 +568,13 @@ static void send_again(struct nbdcow_io *io, struct bio *bio,
 	bio->bi_flags = io->flags;
 	atomic_set(&bio->__bi_remaining, 1);
 	nbdcow_read_base(bio);
+}
+
+static void work_send(struct work_struct *work)
+{
+	struct nbdcow_io *io = container_of(work, struct nbdcow_io, work);
+
+	send_again(io, dm_bio_from_per_bio_data(io, sizeof(*io)), io->got);
 }
 
 /* Read stored blocks that are at hand, at most @max bytes; how many it were. */
@@ -624,7 +632,8 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 			if (!io->got) {
 				io->spans = false;
 				io->got = bytes;
-				send_again(io, bio, bytes);
+				INIT_WORK(&io->work, work_send);
+				queue_work(nbdcow_base_wq, &io->work);
 				return;
 			}
 			bytes = min(bytes, io->got);
@@ -666,7 +675,7 @@ static void work_write(struct nbdcow_target *t, struct bio *bio)
 	if (page)
 		put_page(page);
 	if (ret == -ENODATA) {
-		nbdcow_rmw_submit(t, bio);
+		nbdcow_rmw_submit(t, bio, true);
 		return;
 	}
 	nbdcow_rmw_next(t);
@@ -706,7 +715,7 @@ static void work_io(struct work_struct *work)
  * @bio: a read that was remembered, a write within one block, or a discard or
  *	zeroing; completed later
  *
- * Context: any process context.
+ * Context: any.
  * Return: DM_MAPIO_SUBMITTED.
  */
 int nbdcow_defer(struct nbdcow_target *t, struct bio *bio)

@@ -348,7 +348,7 @@ void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause);
 /* rmw.c */
 int nbdcow_rmw_init(struct nbdcow_target *t);
 void nbdcow_rmw_exit(struct nbdcow_target *t);
-void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio);
+void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio, bool in_work);
 void nbdcow_rmw_next(struct nbdcow_target *t);
 
 /* message.c */

@@ -51,7 +51,8 @@ static void rmw_endio(struct bio *bio)
 {
 	struct nbdcow_rmw *rmw = container_of(bio, struct nbdcow_rmw, bio);
 
-	queue_work(nbdcow_wq, &rmw->work);
+	/* Only after a success nothing is read again. */
+	queue_work(bio->bi_status ? nbdcow_base_wq : nbdcow_wq, &rmw->work);
 }
 
 static void rmw_read(struct nbdcow_rmw *rmw, blk_opf_t flags)
@@ -183,10 +184,11 @@ void nbdcow_rmw_next(struct nbdcow_target *t)
  * nbdcow_rmw_submit() - write a part of a block that is in state BASE
  * @t: the target
  * @bio: a WRITE or WRITE_ZEROES that lies within one block; completed later
+ * @in_work: outside of map(), where to submit a bio can mean waiting for the base
  *
  * Context: process context; does not wait for I/O or memory.
  */
-void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio)
+void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio, bool in_work)
 {
 	sector_t sector = dm_target_offset(t->ti, bio->bi_iter.bi_sector);
 	u64 block = nbdcow_block(sector);
@@ -218,6 +220,13 @@ void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio)
 	hlist_add_head(&rmw->node, bucket(t, block));
 	spin_unlock(&t->rmw_lock);
 
+	if (in_work) {
+		/* as if it had been tried with REQ_NOWAIT */
+		bio_init(&rmw->bio, NULL, NULL, 0, REQ_OP_READ);
+		rmw->bio.bi_status = BLK_STS_AGAIN;
+		queue_work(nbdcow_base_wq, &rmw->work);
+		return;
+	}
 	rmw_read(rmw, bio->bi_opf & REQ_NOWAIT);
 }
 
