@@ -743,7 +743,10 @@ static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
 	bool queued;
 
 	spin_lock_irqsave(&t->queue_lock, flags);
-	queued = t->queue_errors && !t->queue_closed;
+	/* Also once the core has given such a suspend up, before it says so. */
+	queued = t->queue_errors &&
+		 (!t->queue_closed ||
+		  (t->closed_noflush && !dm_noflush_suspending(t->ti)));
 	if (queued) {
 		bio_list_add(&t->queued, bio);
 		WRITE_ONCE(t->nr_queued, t->nr_queued + 1);
@@ -866,6 +869,7 @@ static void close_queue(struct nbdcow_target *t, bool closed)
 {
 	spin_lock_irq(&t->queue_lock);
 	t->queue_closed = closed;
+	t->closed_noflush = closed && dm_noflush_suspending(t->ti);
 	spin_unlock_irq(&t->queue_lock);
 }
 

@@ -164,7 +164,8 @@ struct nbdcow_target {
 	bool base_failed;	/* the last read of the base failed */
 	bool queue_errors;	/* failed reads of the base wait, and try again */
 	bool queue_closed;	/* but not during a suspend */
-	spinlock_t queue_lock;	/* for the next two and queue_closed; any context */
+	bool closed_noflush;	/* which is without flush */
+	spinlock_t queue_lock;	/* for the next two and the last two; any context */
 	struct bio_list queued;	/* that wait */
 	unsigned int nr_queued;	/* how many */
 	struct delayed_work retry_work; /* tries again */
