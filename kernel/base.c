@@ -286,7 +286,6 @@ static void base_release(struct kref *kref)
 {
 	struct nbdcow_base *base = container_of(kref, struct nbdcow_base, kref);
 
-	list_del(&base->list);
 	mutex_unlock(&bases_mutex);
 
 	nbdcow_cache_drop(base);
@@ -911,7 +910,7 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	list_for_each_entry(base, &bases, list) {
 		if (base->dev == bdev->bd_dev) {
 			kref_get(&base->kref);
-			goto out;
+			goto found;
 		}
 	}
 	/* works that a reclaimer may be waiting for take the mutex, too */
@@ -925,6 +924,8 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	INIT_LIST_HEAD(&base->targets);
 	kref_init(&base->kref);
 	list_add(&base->list, &bases);
+found:
+	base->nr_users++;
 out:
 	mutex_unlock(&bases_mutex);
 	return base;
@@ -963,6 +964,12 @@ void nbdcow_base_exit(struct nbdcow_target *t)
 	list_del_init(&t->list);
 	update_limit(base);
 	mutex_unlock(&base->mutex);
+	/* What only the end of a fetch keeps is not for the next device of that number. */
+	mutex_lock(&bases_mutex);
+	base->nr_users--;
+	if (!base->nr_users)
+		list_del_init(&base->list);
+	mutex_unlock(&bases_mutex);
 	base_put(base);
 }
 

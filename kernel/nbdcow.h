@@ -124,7 +124,8 @@ struct nbdcow_base {
 	struct mutex mutex;	/* limit, targets, holes */
 	struct list_head targets; /* that have a say in limit; under mutex */
 	struct kref kref;	/* one per target and fetch; the last goes under bases_mutex */
-	struct list_head list;	/* all bases; under bases_mutex */
+	unsigned int nr_users;	/* targets; under bases_mutex */
+	struct list_head list;	/* all bases that have targets; under bases_mutex */
 };
 
 enum nbdcow_prefetch_state {
