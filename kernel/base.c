@@ -942,6 +942,7 @@ int nbdcow_base_init(struct nbdcow_target *t)
 {
 	INIT_LIST_HEAD(&t->list);
 	spin_lock_init(&t->prefetch.lock);
+	t->prefetch.paused = true;	/* until the table is resumed */
 	INIT_DELAYED_WORK(&t->prefetch.work, prefetch_work);
 	t->base = base_get(t->dev->bdev);
 	return t->base ? 0 : -ENOMEM;
