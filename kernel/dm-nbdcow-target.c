@@ -441,6 +441,11 @@ static int nbdcow_iterate_devices(struct dm_target *ti,
 
 static void nbdcow_io_hints(struct dm_target *ti, struct queue_limits *limits)
 {
+	struct nbdcow_target *t = ti->private;
+
+	/* Whoever uses the device has come to know those of its first base. */
+	limits->logical_block_size = max(limits->logical_block_size,
+					 t->overlay->base_sector_bytes);
 	limits->physical_block_size = max(limits->physical_block_size,
 					  NBDCOW_BLOCK_BYTES);
 	limits->io_min = max(limits->io_min, NBDCOW_BLOCK_BYTES);

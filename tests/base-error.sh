@@ -443,7 +443,7 @@ shrunk()
 # A file system above would go on with the sectors that it knows.
 larger_sectors()
 {
-	local file
+	local file large
 
 	make_loop_base 4194304
 	file=$work/base4194304
@@ -453,6 +453,24 @@ larger_sectors()
 	fails dmsetup load test-cow --table "0 8192 nbdcow $REPLY 1 queue_errors"
 	told "The base device has larger logical blocks than the overlay's base had"
 	io $COW 'is 0 .A......' 'check 4k 512 .'
+}
+
+# Nor does a device get smaller ones than it had, which it could not keep.
+smaller_sectors()
+{
+	local large
+
+	make_loop_base 4194304
+	make_loop "$work/base4194304" --read-only --sector-size 4096
+	large=$REPLY
+	make_cow test-cow 8192 "$large"
+	make_loop "$work/base4194304" --read-only
+	reload test-cow 8192 "$REPLY"
+	is 'logical block' "$(blockdev --getss $COW)" 4096
+	io $COW 'write 4k 4k A' 'check 8k 64k .'
+	reload test-cow 8192 "$large"
+	is 'logical block' "$(blockdev --getss $COW)" 4096
+	io $COW 'check 4k 4k A' 'check 8k 64k .'
 }
 
 smaller_base()
@@ -516,4 +534,5 @@ run_tests \
 	shrunk 'a base that shrinks' \
 	smaller_base 'a table with a smaller base' \
 	larger_sectors 'a table with a base of larger logical blocks' \
+	smaller_sectors 'a table with a base of smaller logical blocks' \
 	not_connected 'an NBD device that is not connected'
