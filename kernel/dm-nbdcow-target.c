@@ -31,9 +31,10 @@
  * map() runs in the submitter's context and may sleep for locks and memory. It
  * serves blocks that are in RAM one after another and completes the bio. Where a
  * run in state BASE begins, it accepts what is done and lets the core submit the
- * rest as another bio. It never waits for I/O: what is submitted inside map() is
- * only queued on current->bio_list, so it would wait for itself. Done elsewhere,
- * therefore, are
+ * rest as another bio. It never waits for I/O that it has submitted: inside map()
+ * that is only queued on current->bio_list, so it would wait for itself. (For a shard
+ * lock it may wait until a work that holds it has a page back from swap.) Done
+ * elsewhere, therefore, are
  *  - the end of a read of the base that spans a few blocks which are elsewhere,
  *    because that costs less than a request for each part: a work adds them;
  *  - a partial write of a BASE block: rmw.c reads the base and installs the block
@@ -62,7 +63,7 @@
  *	overlays_mutex	the list of overlays, references
  *	ov->mutex	replacing the layer (reset, growth); event target
  *	shard lock	by leaf; read: install blocks, write: remove them; a
- *			reset and a freeze hold all of them
+ *			reset, growth, and what a view does hold all of them
  *	installer lock	by 2 MiB: one installs at a time
  *	page lock	serialises writers of a block; keeps reclaim, migration
  *			and removal away; a layer's before a view's

@@ -901,7 +901,7 @@ void nbdcow_queue_open(struct nbdcow_target *t)
  * @ti: the target
  * @bio: the bio
  *
- * Context: process context; sleeps unless REQ_NOWAIT, but not for I/O.
+ * Context: process context; sleeps unless REQ_NOWAIT, but not for I/O of its own.
  * Return: DM_MAPIO_SUBMITTED, DM_MAPIO_REMAPPED, or DM_MAPIO_KILL for what no
  *	device like this can do.
  */

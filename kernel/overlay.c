@@ -389,7 +389,7 @@ static bool rewrite_found(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
  * locked at once. The page comes first and the state second; why that will do is
  * in dm-nbdcow-target.c.
  *
- * Context: process context, does not sleep.
+ * Context: process context, not atomic: lets others run now and then.
  * Return: number of bytes copied.
  */
 unsigned int nbdcow_overlay_copy(struct nbdcow_overlay *ov,
@@ -1361,7 +1361,7 @@ void nbdcow_view_destroy(struct nbdcow_view *view)
  *
  * The overlay's device may be in use, or suspended.
  *
- * Context: process context, sleeps, but not for I/O.
+ * Context: process context, sleeps, also while pages come back from swap.
  * Return: 0 or -ENOMEM, after which it can be called again.
  */
 int nbdcow_view_freeze(struct nbdcow_view *view)
