@@ -306,6 +306,39 @@ hung_server()
 	between 'base read errors' "$(field test-cow errors)" 2 20
 }
 
+# More reads than a base that hangs has room for hold up nobody who has another base.
+hung_server_with_many_reads()
+{
+	local pid reader
+
+	need nbdkit nbd-client fio taskset
+	make_brd 1024
+	make_cow test-cow2 2048 "$REPLY"
+	make_loop_base 16777216
+	rm -f "$work/socket"
+	start_nbdkit "$work/socket" -r file "$work/base16777216"
+	pid=$(<"$work/socket.pid")
+	make_nbd "$work/socket"
+	make_cow test-cow 32768 "$REPLY" 1 cow_on_read
+	undo kill -CONT "$pid"
+	kill -STOP "$pid"
+	taskset -c 0 fio --name=reads --filename=$COW --ioengine=io_uring --direct=1 --rw=randread \
+		--bs=4k --iodepth=2048 --number_ios=2048 --output=/dev/null &
+	reader=$!
+	wait_until 30 many_reads
+	taskset -c 0 io /dev/mapper/test-cow2 'write 512 512 A' 'is 0 .A......' &
+	wait_until 10 test ! -d "/proc/$!"
+	wait $!
+	kill -CONT "$pid"
+	wait $reader
+	status_is test-cow health=ok errors=0
+}
+
+many_reads()
+{
+	awk '$1 < 2000 { exit 1 }' "/sys/dev/block/$(stat -c %Hr:%Lr $COW)/inflight"
+}
+
 # A base that is suspended: what needs it waits, and then gets the right bytes.
 suspended_base()
 {
@@ -525,6 +558,7 @@ run_tests \
 	killed_server 'an NBD server that is killed and started anew' \
 	killed_server_replaced 'an NBD server that is killed and replaced' \
 	hung_server 'an NBD server that does not answer' \
+	hung_server_with_many_reads 'many reads of a base that hangs, beside another base' \
 	suspended_base 'a base that is suspended, and returns' \
 	reset_of_a_hung_base 'a reset while the base is suspended' \
 	slow_base 'a base that is slow' \
