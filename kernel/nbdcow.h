@@ -166,7 +166,7 @@ struct nbdcow_target {
 	bool queue_errors;	/* failed reads of the base wait, and try again */
 	bool queue_closed;	/* but not during a suspend */
 	bool closed_noflush;	/* which is without flush */
-	spinlock_t queue_lock;	/* for the next two and the last two; any context */
+	spinlock_t queue_lock;	/* for the two before and the two after; any context */
 	struct bio_list queued;	/* that wait */
 	unsigned int nr_queued;	/* how many */
 	struct delayed_work retry_work; /* tries again */
