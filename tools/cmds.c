@@ -269,8 +269,8 @@ int parse_blocks(const struct args *args, enum key key, uint64_t *blocks)
 	case 0:
 		return 0;
 	case ERANGE:
-		return fail(-EINVAL, "%s=%s is out of range: from %d bytes to less than 16 EiB, "
-			    "or 1%% to 100%%", key_name(key), text, BLOCK_BYTES);
+		return fail(-EINVAL, "%s=%s is out of range: from %d bytes to less than %s",
+			    key_name(key), text, BLOCK_BYTES, "16 EiB, or 1% to 100%");
 	default:
 		return fail(-EINVAL, "%s=%s is no size (4G), percentage (25%%) or none",
 			    key_name(key), text);

@@ -108,8 +108,8 @@ static int parse_blocks_of(const char *key, const char *value, uint64_t *blocks)
 	case 0:
 		return 0;
 	case ERANGE:
-		nbdkit_error("%s=%s is out of range: from %d bytes to less than 16 EiB, "
-			     "or 1%% to 100%%", key, value, BLOCK_BYTES);
+		nbdkit_error("%s=%s is out of range: from %d bytes to less than %s", key, value,
+			     BLOCK_BYTES, "16 EiB, or 1% to 100%");
 		return -1;
 	default:
 		nbdkit_error("%s=%s is no size (4G), percentage (25%%) or none", key, value);

@@ -81,7 +81,7 @@ static int result(const struct args *args, const struct cow *cow)
 
 static int watch(const struct args *args, struct cow *cow)
 {
-	void (*on_sigpipe)(int) = signal(SIGPIPE, SIG_IGN);
+	sighandler_t on_sigpipe = signal(SIGPIPE, SIG_IGN);
 	char uuid[sizeof(cow->uuid)];
 	int shown = -1, signals = open_stop_signals(), err;
 
