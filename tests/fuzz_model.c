@@ -13,7 +13,7 @@
  * began. A sector that was being written during the read may be torn: then
  * each of its words must come from one of these writes.
  */
-#include <sched.h>
+#include <unistd.h>
 
 #include "fuzz.h"
 
@@ -244,7 +244,8 @@ void op_begin(struct op *op)
 		pthread_mutex_unlock(&lock);
 		/* it may be one of our own that is in the way */
 		reap_own();
-		sched_yield();
+		/* not only a yield: who is waited for needs the lock, too */
+		usleep(1000);
 		pthread_mutex_lock(&lock);
 	}
 	op->start = ++now;
