@@ -575,7 +575,7 @@ int nbdcow_cache_fetch(struct nbdcow_target *t, struct bio *bio,
 		/* Who joined meanwhile is sent to the base by the work: that can block. */
 		bio_init(&fetch->bio, NULL, NULL, 0, REQ_OP_READ);
 		fetch->bio.bi_status = BLK_STS_IOERR;
-		queue_work(nbdcow_base_wq, &fetch->work);
+		fetch_endio(&fetch->bio);
 		return -EAGAIN;
 	}
 	this_cpu_add(t->overlay->stats->misses, bio_sectors(bio));

@@ -224,7 +224,7 @@ void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio, bool in_work)
 		/* as if it had been tried with REQ_NOWAIT */
 		bio_init(&rmw->bio, NULL, NULL, 0, REQ_OP_READ);
 		rmw->bio.bi_status = BLK_STS_AGAIN;
-		queue_work(nbdcow_base_wq, &rmw->work);
+		rmw_endio(&rmw->bio);
 		return;
 	}
 	rmw_read(rmw, bio->bi_opf & REQ_NOWAIT);
