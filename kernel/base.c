@@ -286,8 +286,6 @@ static void base_release(struct kref *kref)
 {
 	struct nbdcow_base *base = container_of(kref, struct nbdcow_base, kref);
 
-	mutex_unlock(&bases_mutex);
-
 	nbdcow_cache_drop(base);
 	xa_destroy(&base->blocks);
 	nbdcow_map_destroy(rcu_dereference_protected(base->holes, 1));
@@ -296,7 +294,7 @@ static void base_release(struct kref *kref)
 
 static void base_put(struct nbdcow_base *base)
 {
-	kref_put_mutex(&base->kref, base_release, &bases_mutex);
+	kref_put(&base->kref, base_release);
 }
 
 /*
@@ -910,11 +908,10 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	list_for_each_entry(base, &bases, list) {
 		if (base->dev == bdev->bd_dev) {
 			kref_get(&base->kref);
-			goto found;
+			goto out;
 		}
 	}
-	/* works that a reclaimer may be waiting for take the mutex, too */
-	base = kzalloc(sizeof(*base), GFP_NOIO);
+	base = kzalloc(sizeof(*base), GFP_KERNEL);
 	if (!base)
 		goto out;
 	base->dev = bdev->bd_dev;
@@ -924,9 +921,9 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	INIT_LIST_HEAD(&base->targets);
 	kref_init(&base->kref);
 	list_add(&base->list, &bases);
-found:
-	base->nr_users++;
 out:
+	if (base)
+		base->nr_users++;
 	mutex_unlock(&bases_mutex);
 	return base;
 }
@@ -967,9 +964,8 @@ void nbdcow_base_exit(struct nbdcow_target *t)
 	mutex_unlock(&base->mutex);
 	/* What only the end of a fetch keeps is not for the next device of that number. */
 	mutex_lock(&bases_mutex);
-	base->nr_users--;
-	if (!base->nr_users)
-		list_del_init(&base->list);
+	if (!--base->nr_users)
+		list_del(&base->list);
 	mutex_unlock(&bases_mutex);
 	base_put(base);
 }

@@ -58,7 +58,7 @@
  *
  * Locks, in order
  * ---------------
- *	bases_mutex	the list of bases, their end
+ *	bases_mutex	the list of bases, and how many targets each has
  *	base->mutex	limit and holes of a base
  *	overlays_mutex	the list of overlays, references
  *	ov->mutex	replacing the layer (reset, growth); event target

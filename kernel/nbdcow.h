@@ -123,7 +123,7 @@ struct nbdcow_base {
 	struct nbdcow_map __rcu *holes; /* ZERO: known to be; under mutex */
 	struct mutex mutex;	/* limit, targets, holes */
 	struct list_head targets; /* that have a say in limit; under mutex */
-	struct kref kref;	/* one per target and fetch; the last goes under bases_mutex */
+	struct kref kref;	/* one per target and fetch */
 	unsigned int nr_users;	/* targets; under bases_mutex */
 	struct list_head list;	/* all bases that have targets; under bases_mutex */
 };
