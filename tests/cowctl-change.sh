@@ -413,6 +413,24 @@ connections_are()
 	[ "$(connected | wc -l)" = "$1" ]
 }
 
+# goes_away COMMAND...: the server does, and io's commands wait for it; as $reader
+goes_away()
+{
+	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
+	io $COW "$@" &
+	reader=$!
+	wait_until 20 waiting 1
+}
+
+# What waited has ended, over another connection.
+is_back()
+{
+	wait_until 20 not waiting 1
+	wait "$reader"
+	wait_until 20 connections_are 1
+	is 'base' "$(member base test-cow)" "$uri"
+}
+
 # The server is away for some time.
 comes_back()
 {
@@ -426,15 +444,9 @@ comes_back()
 	cowctl status test-cow | grep -E '^  on base error +queue, and connects anew$'
 	dev=$(member base_device test-cow)
 	io $COW 'write 1M 4k A'
-	kill_nbdkit "$work/socket" "$dev"
-	io $COW 'check 64k 64k .' 'is 1M AAAAAAAA' 'check 4k 1020k .' &
-	reader=$!
-	wait_until 20 waiting 1
+	goes_away 'check 64k 64k .' 'is 1M AAAAAAAA' 'check 4k 1020k .'
 	serve_again
-	wait_until 20 not waiting 1
-	wait $reader
-	wait_until 20 connections_are 1
-	is 'base' "$(member base test-cow)" "$uri"
+	is_back
 	[ "$(member base_device test-cow)" != "$dev" ] || fail 'it is the same device'
 	is 'health' "$(member health test-cow)" ok
 	is 'cow_on_read' "$(member cow_on_read test-cow)" "$work/flag"
@@ -442,17 +454,10 @@ comes_back()
 	# nothing of it is in the way when it is killed, and it is started again
 	kill -KILL "$(reconnector)"
 	wait_until 10 not reconnector
-	dev=$(member base_device test-cow)
-	kill_nbdkit "$work/socket" "$dev"
-	io $COW 'check 2M 64k .' &
-	reader=$!
-	wait_until 20 waiting 1
+	goes_away 'check 2M 64k .'
 	serve_again
 	cowctl set test-cow on-base-error=queue
-	wait_until 20 not waiting 1
-	wait $reader
-	wait_until 20 connections_are 1
-	is 'base' "$(member base test-cow)" "$uri"
+	is_back
 
 	# it is there for those only who need it
 	cowctl set test-cow on-base-error=error
@@ -471,14 +476,9 @@ comes_back()
 	# a path of the socket that is not absolute is one all the same
 	(cd "$work" && cowctl create test-cow base='nbd+unix:///?socket=socket' on-base-error=queue)
 	is 'base' "$(member base test-cow)" "$uri"
-	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
-	io $COW 'check 2M 64k .' &
-	reader=$!
-	wait_until 20 waiting 1
+	goes_away 'check 2M 64k .'
 	serve_again
-	wait_until 20 not waiting 1
-	wait $reader
-	wait_until 20 connections_are 1
+	is_back
 	cowctl remove test-cow
 	nothing_left
 	image_is_unchanged
@@ -546,7 +546,7 @@ stays_where_it_is()
 # A base that does not answer is waited for, unless one is told to stop.
 hanging_base()
 {
-	local server reader pid rc=0
+	local server reader pid
 
 	need nbdkit nbd-client
 	begin serve_image 4M
@@ -560,15 +560,10 @@ hanging_base()
 	# neither when both are compared
 	cowctl rebase test-cow base="$work/disk.img" &
 	wait_until 10 compares $!
-	kill -TERM $!
-	wait $! || rc=$?
-	is 'its exit status' $rc 143
-	rc=0
+	is_terminated
 	cowctl rebase test-cow base="$work/disk.img" force=true &
 	wait_until 10 loop_is_held
-	kill -TERM $!
-	wait $! || rc=$?
-	is 'its exit status' $rc 143
+	is_terminated
 	is 'loop devices left' "$(losetup -a | grep "($work" || :)" ''
 	kill -0 $reader
 	# what nohup has it ignore is no reason to stop
@@ -582,6 +577,16 @@ hanging_base()
 	wait $pid
 	is 'base' "$(member base test-cow)" "$work/disk.img"
 	io $COW 'check 0 4k A' 'check 4k end .'
+}
+
+# What runs in the background ends by SIGTERM.
+is_terminated()
+{
+	local rc=0
+
+	kill -TERM $!
+	wait $! || rc=$?
+	is 'its exit status' $rc 143
 }
 
 # It has a process that reads.
