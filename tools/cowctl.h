@@ -192,6 +192,7 @@ char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 int read_line(const char *path, char *buf, size_t size);
 int write_file(const char *path, const char *text);
 char *run_path(const char *slot, const char *suffix);
+char *absolute_path(const char *path);
 uint64_t device_bytes(dev_t dev);
 void tmpfs_from_environment(char path[PATH_MAX]);
 bool any_link(dev_t dev, const char *kind,

@@ -207,7 +207,7 @@ int listen_check(const struct listen *listen, const char *name)
 int listen_parse(const struct args *args, struct listen *listen)
 {
 	const char *path = args->value[KEY_SOCKET];
-	char *full = NULL, quoted[3 * sizeof(listen->socket)];
+	char *full, quoted[3 * sizeof(listen->socket)];
 	int err = 0, zone;
 
 	memset(listen, 0, sizeof(*listen));
@@ -229,18 +229,7 @@ int listen_parse(const struct args *args, struct listen *listen)
 			 listen->address + zone + !!listen->address[zone], listen->port);
 		return 0;
 	}
-	if (!path)
-		full = run_path(args->mangled, "sock");
-	else if (path[0] == '/')
-		full = xasprintf("%s", path);
-	else
-		full = realpath(".", NULL);
-	if (path && path[0] != '/' && full) {
-		char *dir = full;
-
-		full = xasprintf("%s/%s", dir, path);
-		free(dir);
-	}
+	full = path ? absolute_path(path) : run_path(args->mangled, "sock");
 	if (!full)
 		return fail(-errno, "cannot find the current directory: %m");
 	if (strlen(full) >= sizeof(listen->socket))

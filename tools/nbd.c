@@ -190,19 +190,17 @@ static int connect_to(const char *dev, const struct nbd_uri *uri, const struct r
  */
 static char *make_absolute(const char *text, struct nbd_uri *uri)
 {
-	char quoted[3 * sizeof(uri->socket)], *dir, *path;
+	char quoted[3 * sizeof(uri->socket)], *path;
 	bool fits;
 
 	if (!uri->socket[0] || uri->socket[0] == '/')
 		return NULL;
-	dir = realpath(".", NULL);
-	path = xasprintf("%s/%s", dir ?: "", uri->socket);
-	fits = dir && strlen(path) < sizeof(uri->socket) && printable(path) &&
+	path = absolute_path(uri->socket);
+	fits = path && strlen(path) < sizeof(uri->socket) && printable(path) &&
 	       !percent_encode(path, quoted, sizeof(quoted));
 	if (fits)
 		strcpy(uri->socket, path);
 	free(path);
-	free(dir);
 	return fits ? xasprintf("%.*s?socket=%s", (int)strcspn(text, "?"), text, quoted) : NULL;
 }
 

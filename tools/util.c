@@ -217,6 +217,21 @@ char *run_path(const char *slot, const char *suffix)
 	return xasprintf(RUN_DIR "/%s.%s", slot, suffix);
 }
 
+/* The same path from any directory, to be freed; NULL when there is no directory here. */
+char *absolute_path(const char *path)
+{
+	char *dir, *full;
+
+	if (*path == '/')
+		return xasprintf("%s", path);
+	dir = realpath(".", NULL);
+	if (!dir)
+		return NULL;
+	full = xasprintf("%s/%s", dir, path);
+	free(dir);
+	return full;
+}
+
 /* Return: the size of a block device, 0 when it is away. */
 uint64_t device_bytes(dev_t dev)
 {
