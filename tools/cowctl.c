@@ -454,7 +454,7 @@ int main(int argc, char **argv)
 	bool want_help = false, want_version = false;
 	sigset_t all;
 	char *posix = getenv("POSIXLY_CORRECT") ? strdup(getenv("POSIXLY_CORRECT")) : NULL;
-	int c, err;
+	int c, err = 0;
 
 	fill_closed();
 	/* Who started us may have had it ignored; then nobody's status could be waited for. */
@@ -490,7 +490,7 @@ int main(int argc, char **argv)
 		setenv("POSIXLY_CORRECT", posix, 1);
 	free(posix);
 	if (want_version)
-		err = printf("cowctl " VERSION "\n") < 0 ? -EIO : 0;
+		puts("cowctl " VERSION);
 	else
 		err = run_command(argv + optind, &args, want_help);
 	errno = 0;
