@@ -118,15 +118,13 @@ static int switch_reconnect(const struct args *args, const struct cow *cow, bool
 /* Partitions that have devices follow a new size; or as it was said. */
 static int refresh_parts(const struct args *args, const struct cow *cow, bool wanted)
 {
-	struct part *parts;
 	int n;
 
 	if (args->value[KEY_PARTITIONS] && !wanted) {
 		n = check_parts_closed(cow, "");
 		return n > 0 ? parts_unmap(cow->path) : n;
 	}
-	n = parts_find(cow, &parts);
-	free(parts);
+	n = parts_find(cow, NULL);
 	return wanted || (n && args->value[KEY_SIZE]) ? parts_map(cow->path, false) : 0;
 }
 
@@ -150,7 +148,6 @@ static int apply(const struct args *args, const struct cow *cow, const struct ch
 static void undo(const struct args *args, const struct cow *cow, const char *watched,
 		 bool had_parts)
 {
-	struct part *parts = NULL;
 	struct cow now;
 
 	watch_stop(cow->mangled);
@@ -162,9 +159,8 @@ static void undo(const struct args *args, const struct cow *cow, const char *wat
 	if (args->value[KEY_PARTITIONS] || args->value[KEY_SIZE]) {
 		if (had_parts)
 			parts_map(cow->path, true);
-		else if (parts_find(cow, &parts))
+		else if (parts_find(cow, NULL))
 			parts_unmap(cow->path);
-		free(parts);
 	}
 	switch_reconnect(args, cow, cow->table.queue_errors);
 }
@@ -173,7 +169,6 @@ int cmd_set(const struct args *args)
 {
 	char watched[PATH_MAX] = "";
 	struct change change;
-	struct part *parts;
 	struct cow cow;
 	bool had_parts;
 	int err, lock;
@@ -187,8 +182,7 @@ int cmd_set(const struct args *args)
 	err = find_cow(args, &cow);
 	if (!err) {
 		watch_find(cow.mangled, watched);
-		had_parts = parts_find(&cow, &parts);
-		free(parts);
+		had_parts = parts_find(&cow, NULL);
 		err = apply(args, &cow, &change);
 		if (err)
 			undo(args, &cow, watched, had_parts);

@@ -450,10 +450,8 @@ static void stop_helpers(const char *mangled)
 /* Takes the device away, and then what worked for it. */
 static int take_down(const struct args *args, const struct cow *cow)
 {
-	struct part *parts;
-	int n = parts_find(cow, &parts), err = 0;
+	int n = parts_find(cow, NULL), err = 0;
 
-	free(parts);
 	if (n)
 		err = parts_unmap(cow->path);
 	if (!err)
@@ -778,10 +776,8 @@ int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
 	dev_t dev = makedev(cow->major, cow->minor);
 	struct holders holders = { 0 };
 	char *where = mounted_on(dev);
-	struct part *parts;
-	int n = parts_find(cow, &parts);
+	int n = parts_find(cow, NULL);
 
-	free(parts);
 	if (where)
 		fail(-EBUSY, "%s is mounted on %s; unmount it first%s", args->name, where, hint);
 	else if (!n)
@@ -1151,7 +1147,6 @@ int reset_device(const struct args *args, const struct cow *cow, bool force)
 /* Partitions that nobody uses are taken away meanwhile, and looked for again. */
 static int reset_locked(const struct args *args, bool force)
 {
-	struct part *parts;
 	struct cow cow;
 	int err = find_cow(args, &cow), n;
 
@@ -1159,17 +1154,12 @@ static int reset_locked(const struct args *args, bool force)
 		err = check_closed(args, &cow, RESET_HINT);
 	if (err)
 		return err;
-	n = parts_find(&cow, &parts);
-	free(parts);
+	n = parts_find(&cow, NULL);
 	if (n && !force)
 		err = parts_unmap(cow.path);
 	if (!err)
 		err = reset_device(args, &cow, force);
-	if (n && err)
-		parts_map(cow.path, true);
-	else if (n)
-		parts_renew(&cow, "reset");
-	return err;
+	return n ? parts_renew(&cow, "reset", err) : err;
 }
 
 int cmd_reset(const struct args *args)

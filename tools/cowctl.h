@@ -296,7 +296,7 @@ struct part {
 int parts_find(const struct cow *cow, struct part **parts);
 int parts_map(const char *path, bool finish);
 int parts_unmap(const char *path);
-void parts_renew(const struct cow *cow, const char *what);
+int parts_renew(const struct cow *cow, const char *what, int err);
 
 /* helper.c: processes that work for a device in the background */
 

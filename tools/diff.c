@@ -442,7 +442,6 @@ static int load_device(struct load *load)
 
 static int load_locked(struct load *load, bool force)
 {
-	struct part *parts;
 	int err = find_cow(load->args, &load->cow), n;
 
 	if (!err)
@@ -450,18 +449,13 @@ static int load_locked(struct load *load, bool force)
 	if (err)
 		return err;
 	/* Devices of partitions are made anew, for there may be others then. */
-	n = parts_find(&load->cow, &parts);
-	free(parts);
+	n = parts_find(&load->cow, NULL);
 	if (n)
 		err = check_closed(load->args, &load->cow, "") ?: parts_unmap(load->cow.path);
 	if (err)
 		return err;
 	err = load_device(load);
-	if (n && err)
-		parts_map(load->cow.path, true);
-	else if (n)
-		parts_renew(&load->cow, "loaded");
-	return err;
+	return n ? parts_renew(&load->cow, "loaded", err) : err;
 }
 
 static int open_input(struct load *load)

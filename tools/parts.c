@@ -49,13 +49,16 @@ static bool add_part(const char *name, dev_t dev, void *arg)
 	return false;
 }
 
-/* Return: how many partitions have devices, in *@parts (to be freed). */
+/* Return: how many partitions have devices; in *@parts (to be freed), unless it is NULL. */
 int parts_find(const struct cow *cow, struct part **parts)
 {
 	struct search search = { .uuid = cow->uuid };
 
 	any_link(makedev(cow->major, cow->minor), "holders", add_part, &search);
-	*parts = search.parts;
+	if (parts)
+		*parts = search.parts;
+	else
+		free(search.parts);
 	return search.n;
 }
 
@@ -111,11 +114,15 @@ int parts_unmap(const char *path)
 	return kpartx("-d", path, true);
 }
 
-/* parts_map() after @what was done to the device, which stands whatever comes of it. */
-void parts_renew(const struct cow *cow, const char *what)
+/*
+ * parts_map() after @what was done to the device, which stands whatever comes of it, or has
+ * failed. Return: @err, with which it ended.
+ */
+int parts_renew(const struct cow *cow, const char *what, int err)
 {
-	if (parts_map(cow->path, true))
+	if (parts_map(cow->path, true) && !err)
 		warn("%s was %s, but the devices are not those of its partitions; "
 		     "\"cowctl set %s partitions=true\" makes them so", cow->name, what,
 		     cow->name);
+	return err;
 }
