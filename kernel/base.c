@@ -30,8 +30,6 @@
 #include "compat.h"
 #include "nbdcow.h"
 
-#define DM_MSG_PREFIX "nbdcow"
-
 /* Blocks of one read of the base; as many as a bio has vectors. */
 #define NBDCOW_FETCH_MAX	256U
 /* Reads of the base that a prefetch has under way. */
@@ -357,7 +355,7 @@ static void fetch_copy(struct nbdcow_fetch *fetch, struct bio *bio)
 	struct nbdcow_piece piece;
 
 	while (iter.bi_size) {
-		nbdcow_piece_init(&piece, io->t, bio, iter);
+		nbdcow_piece_init(&piece, io->t->ti, bio, iter);
 		nbdcow_copy_from_page(&piece, fetch->bvecs[piece.block -
 							   fetch->first].bv_page);
 		iter = piece.iter;
@@ -425,7 +423,7 @@ static void fetch_work(struct work_struct *work)
 
 	bio_uninit(&fetch->bio);
 	/* The bio that began it, or the prefetch, still keeps the device. */
-	if (status == BLK_STS_AGAIN)	/* was tried with REQ_NOWAIT */
+	if (status == BLK_STS_AGAIN && fetch->bio.bi_opf & REQ_NOWAIT)
 		fetch_read(fetch, 0);
 	else
 		fetch_end(fetch, status);
@@ -860,6 +858,7 @@ int nbdcow_base_add_hole(struct nbdcow_target *t, u64 block, u64 count)
 		}
 		block += n;
 		count -= n;
+		cond_resched();
 	}
 	mutex_unlock(&base->mutex);
 	memalloc_noio_restore(noio);

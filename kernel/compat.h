@@ -25,15 +25,6 @@
 #include <linux/hex.h>
 #endif
 
-/* dm_get_dev_t() became dm_devt_from_path(), which tells errors. */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
-static inline int dm_devt_from_path(const char *path, dev_t *dev)
-{
-	*dev = dm_get_dev_t(path);
-	return *dev ? 0 : -ENODEV;
-}
-#endif
-
 /* 6.17: workqueues say that they are bound to CPUs. */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 17, 0)
 #define WQ_PERCPU		0
@@ -45,8 +36,8 @@ static inline int dm_devt_from_path(const char *path, dev_t *dev)
 #define BLK_OPEN_WRITE		FMODE_WRITE
 #endif
 
-/* 6.3: filemap_get_folio() returns an error pointer instead of NULL. */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+/* 6.4: filemap_get_folio() returns an error pointer instead of NULL. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 4, 0)
 static inline struct folio *
 nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
 {
@@ -60,7 +51,7 @@ nbdcow_filemap_get_folio(struct address_space *mapping, pgoff_t index)
 
 /*
  * A page of a tmpfs file for a caller that overwrites it: locked, and if it is new,
- * neither zeroed nor up to date. 6.12: tmpfs gives such pages to others.
+ * neither zeroed nor up to date. From 6.12 on shmem_get_folio() can be asked for that.
  */
 static inline struct page *
 nbdcow_shmem_get_page(struct file *file, pgoff_t index)

@@ -47,7 +47,7 @@
  *
  * Under REQ_NOWAIT locks are only tried, memory is allocated with GFP_NOWAIT, and
  * what would sleep ends the bio with BLK_STS_AGAIN. Only the last piece of such a
- * bio may complete asynchronously, see may_go_async(). Nothing is polled for.
+ * bio may complete asynchronously, see nbdcow_accept_async(). Nothing is polled for.
  *
  * The base
  * --------
@@ -408,12 +408,12 @@ static int nbdcow_preresume(struct dm_target *ti)
 
 static void nbdcow_presuspend(struct dm_target *ti)
 {
-	nbdcow_queue_close(ti->private);
+	nbdcow_queue_close(ti->private, true);
 }
 
 static void nbdcow_presuspend_undo(struct dm_target *ti)
 {
-	nbdcow_queue_open(ti->private);
+	nbdcow_queue_close(ti->private, false);
 }
 
 static void nbdcow_postsuspend(struct dm_target *ti)
@@ -427,7 +427,7 @@ static void nbdcow_resume(struct dm_target *ti)
 	struct nbdcow_target *t = ti->private;
 
 	nbdcow_offer_write_zeroes(disk->queue, NBDCOW_MAX_ZERO_SECTORS);
-	nbdcow_queue_open(t);
+	nbdcow_queue_close(t, false);
 	nbdcow_prefetch_pause(t, false);
 }
 

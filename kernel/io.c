@@ -3,8 +3,6 @@
  * What becomes of a bio: in map(), in the works that go on with it, and when the
  * base has answered. The rules are in the design comment of dm-nbdcow-target.c.
  */
-#include <linux/slab.h>
-
 #include "compat.h"
 #include "nbdcow.h"
 
@@ -52,16 +50,16 @@ void nbdcow_base_done(struct nbdcow_target *t, blk_status_t status)
 /**
  * nbdcow_piece_init() - the first piece of what is left of a bio
  * @piece: set up to cover the rest of one block, or of the bio
- * @t: the target
+ * @ti: the target
  * @bio: the bio
  * @iter: from where on
  *
  * Context: any.
  */
-void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
+void nbdcow_piece_init(struct nbdcow_piece *piece, struct dm_target *ti,
 		       struct bio *bio, struct bvec_iter iter)
 {
-	sector_t sector = dm_target_offset(t->ti, iter.bi_sector);
+	sector_t sector = dm_target_offset(ti, iter.bi_sector);
 
 	piece->bio = bio;
 	piece->iter = iter;
@@ -141,27 +139,21 @@ static void accept_sectors(struct bio *bio, unsigned int sectors)
 		dm_accept_partial_bio(bio, sectors);
 }
 
-/*
- * Under REQ_NOWAIT only the last piece of a bio may become asynchronous. If a
- * later one ended with an error, EAGAIN for one, then the whole would end in a
- * context in which io_uring does not repeat it, but hands the EAGAIN on.
- */
-static bool may_go_async(struct bio *bio, unsigned int sectors)
-{
-	return !(bio->bi_opf & REQ_NOWAIT) || sectors == bio_sectors(bio);
-}
-
 /**
  * nbdcow_accept_async() - take the first part of a bio, to complete it later
  * @bio: the bio
  * @sectors: how much of it
+ *
+ * Under REQ_NOWAIT only the last piece of a bio may become asynchronous. If a
+ * later one ended with an error, EAGAIN for one, then the whole would end in a
+ * context in which io_uring does not repeat it, but hands the EAGAIN on.
  *
  * Context: any, from map().
  * Return: false, with nothing done, if REQ_NOWAIT forbids.
  */
 bool nbdcow_accept_async(struct bio *bio, unsigned int sectors)
 {
-	if (!may_go_async(bio, sectors))
+	if (bio->bi_opf & REQ_NOWAIT && sectors < bio_sectors(bio))
 		return false;
 	accept_sectors(bio, sectors);
 	return true;
@@ -225,7 +217,7 @@ static unsigned int read_cached(struct nbdcow_target *t, struct bio *bio,
 	struct page *page;
 
 	while (done < sectors) {
-		nbdcow_piece_init(&piece, t, bio, *iter);
+		nbdcow_piece_init(&piece, t->ti, bio, *iter);
 		piece.bytes = min(piece.bytes, (sectors - done) << SECTOR_SHIFT);
 		page = nbdcow_cache_find(t->base, piece.block);
 		if (!page)
@@ -365,7 +357,7 @@ static int map_read(struct nbdcow_target *t, struct bio *bio)
 			done += n;
 			break;
 		case NBDCOW_OVERLAY:
-			nbdcow_piece_init(&piece, t, bio, iter);
+			nbdcow_piece_init(&piece, t->ti, bio, iter);
 			n = nbdcow_overlay_copy(t->overlay, &piece,
 						n << SECTOR_SHIFT);
 			if (likely(n)) {
@@ -419,7 +411,7 @@ static int map_read_block(struct nbdcow_target *t, struct bio *bio)
 	case NBDCOW_OVERLAY: {
 		struct nbdcow_piece piece;
 
-		nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
+		nbdcow_piece_init(&piece, t->ti, bio, bio->bi_iter);
 		if (!nbdcow_overlay_copy(t->overlay, &piece, piece.bytes))
 			break;
 		count_read(&t->overlay->stats->overlay, n);
@@ -473,7 +465,7 @@ static int map_write(struct nbdcow_target *t, struct bio *bio)
 	int ret;
 
 	while (done < total) {
-		nbdcow_piece_init(&piece, t, bio, iter);
+		nbdcow_piece_init(&piece, t->ti, bio, iter);
 		if (nbdcow_overlay_block(t->overlay, piece.block) ==
 		    NBDCOW_OVERLAY) {
 			n = nbdcow_overlay_copy(t->overlay, &piece, iter.bi_size);
@@ -584,7 +576,7 @@ static unsigned int copy_stored(struct nbdcow_target *t, struct bio *bio,
 	struct nbdcow_piece piece;
 	unsigned int bytes;
 
-	nbdcow_piece_init(&piece, t, bio, *iter);
+	nbdcow_piece_init(&piece, t->ti, bio, *iter);
 	bytes = nbdcow_overlay_copy(t->overlay, &piece, max);
 	if (bytes) {
 		count_read(&t->overlay->stats->overlay, bytes >> SECTOR_SHIFT);
@@ -603,7 +595,7 @@ static int work_read_stored(struct nbdcow_target *t, struct bio *bio,
 	*bytes = copy_stored(t, bio, iter, *bytes);
 	if (*bytes)
 		return 0;
-	nbdcow_piece_init(&piece, t, bio, *iter);
+	nbdcow_piece_init(&piece, t->ti, bio, *iter);
 	ret = nbdcow_overlay_wait(t->overlay, &piece, nbdcow_overlay_read);
 	if (ret)
 		return ret;
@@ -669,7 +661,7 @@ static void work_write(struct nbdcow_target *t, struct bio *bio)
 	struct page *page;
 	int ret;
 
-	nbdcow_piece_init(&piece, t, bio, bio->bi_iter);
+	nbdcow_piece_init(&piece, t->ti, bio, bio->bi_iter);
 	page = know_base(t, &piece);
 	ret = nbdcow_overlay_wait(t->overlay, &piece, nbdcow_overlay_write);
 	if (page)
@@ -865,35 +857,21 @@ void nbdcow_queue_errors(struct nbdcow_target *t, bool on)
 		end_queued(t);
 }
 
-static void close_queue(struct nbdcow_target *t, bool closed)
+/**
+ * nbdcow_queue_close() - let failed reads of the base wait no more, or again
+ * @t: the target
+ * @closed: true: for a suspend
+ *
+ * Context: process context.
+ */
+void nbdcow_queue_close(struct nbdcow_target *t, bool closed)
 {
 	spin_lock_irq(&t->queue_lock);
 	t->queue_closed = closed;
 	t->closed_noflush = closed && dm_noflush_suspending(t->ti);
 	spin_unlock_irq(&t->queue_lock);
-}
-
-/**
- * nbdcow_queue_close() - let no failed read of the base wait, for a suspend
- * @t: the target
- *
- * Context: process context.
- */
-void nbdcow_queue_close(struct nbdcow_target *t)
-{
-	close_queue(t, true);
-	end_queued(t);
-}
-
-/**
- * nbdcow_queue_open() - failed reads of the base may wait again
- * @t: the target
- *
- * Context: process context.
- */
-void nbdcow_queue_open(struct nbdcow_target *t)
-{
-	close_queue(t, false);
+	if (closed)
+		end_queued(t);
 }
 
 /**
@@ -950,7 +928,8 @@ int nbdcow_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *status)
 	if (bio->bi_bdev == t->self)
 		return DM_ENDIO_DONE;
 	/* Read-ahead may fail for no reason but load. */
-	if (*status && (*status == BLK_STS_AGAIN || bio->bi_opf & REQ_RAHEAD))
+	if (*status && (bio->bi_opf & REQ_RAHEAD ||
+			(*status == BLK_STS_AGAIN && bio->bi_opf & REQ_NOWAIT)))
 		return DM_ENDIO_DONE;
 	/* The bad spot may be where nobody needs the base. */
 	if (*status && io && io->spans) {

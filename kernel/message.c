@@ -288,35 +288,21 @@ static int message_cache_limit(struct nbdcow_target *t, unsigned int argc,
 }
 
 /* "on" or "off" */
-static int switch_argument(struct nbdcow_target *t, char **argv, bool *on)
-{
-	*on = !strcasecmp(argv[1], "on");
-	if (*on || !strcasecmp(argv[1], "off"))
-		return 0;
-	DMERR("%s: %s: expected on or off, got %s", device_name(t), argv[0],
-	      argv[1]);
-	return -EINVAL;
-}
-
 static int message_switch(struct nbdcow_target *t, unsigned int argc,
 			  char **argv, char *result, unsigned int maxlen)
 {
-	bool on;
+	bool *flag = nbdcow_find_flag(t, argv[0]);
+	bool on = !strcasecmp(argv[1], "on");
 
-	if (switch_argument(t, argv, &on))
+	if (!on && strcasecmp(argv[1], "off")) {
+		DMERR("%s: %s: expected on or off, got %s", device_name(t),
+		      argv[0], argv[1]);
 		return -EINVAL;
-	WRITE_ONCE(*nbdcow_find_flag(t, argv[0]), on);
-	return 0;
-}
-
-static int message_queue_errors(struct nbdcow_target *t, unsigned int argc,
-				char **argv, char *result, unsigned int maxlen)
-{
-	bool on;
-
-	if (switch_argument(t, argv, &on))
-		return -EINVAL;
-	nbdcow_queue_errors(t, on);
+	}
+	if (flag == &t->queue_errors)
+		nbdcow_queue_errors(t, on);
+	else
+		WRITE_ONCE(*flag, on);
 	return 0;
 }
 
@@ -463,7 +449,7 @@ static const struct {
 	{ "cache_limit", 2, 2, message_cache_limit },
 	{ "cow_on_read", 2, 2, message_switch },
 	{ "cow_on_cache", 2, 2, message_switch },
-	{ "queue_errors", 2, 2, message_queue_errors },
+	{ "queue_errors", 2, 2, message_switch },
 	{ "drop_cache", 1, 1, message_drop_cache },
 	{ "prefetch", 2, 4, message_prefetch },
 	{ "holes", 3, UINT_MAX, message_holes },

@@ -166,7 +166,7 @@ struct nbdcow_target {
 	bool queue_errors;	/* failed reads of the base wait, and try again */
 	bool queue_closed;	/* but not during a suspend */
 	bool closed_noflush;	/* which is without flush */
-	spinlock_t queue_lock;	/* for the two before and the two after; any context */
+	spinlock_t queue_lock;	/* for the three before and the two after; any context */
 	struct bio_list queued;	/* that wait */
 	unsigned int nr_queued;	/* how many */
 	struct delayed_work retry_work; /* tries again */
@@ -231,7 +231,7 @@ struct nbdcow_piece {
 	const void *base;	/* the base's content of the whole block, or NULL */
 	bool base_is_zero;	/* that is all zeroes, as is known */
 	enum nbdcow_context context; /* what may be waited for */
-	bool new_block;		/* set if it failed for want of a new block */
+	bool new_block;		/* it was tried to store a new one */
 };
 
 /* Beside each bio of ours. */
@@ -257,10 +257,9 @@ void nbdcow_io_exit(struct nbdcow_target *t);
 int nbdcow_map(struct dm_target *ti, struct bio *bio);
 int nbdcow_end_io(struct dm_target *ti, struct bio *bio, blk_status_t *status);
 void nbdcow_queue_errors(struct nbdcow_target *t, bool on);
-void nbdcow_queue_close(struct nbdcow_target *t);
-void nbdcow_queue_open(struct nbdcow_target *t);
+void nbdcow_queue_close(struct nbdcow_target *t, bool closed);
 char nbdcow_extent(struct dm_target *ti, u64 block, u64 max, u64 *run);
-void nbdcow_piece_init(struct nbdcow_piece *piece, struct nbdcow_target *t,
+void nbdcow_piece_init(struct nbdcow_piece *piece, struct dm_target *ti,
 		       struct bio *bio, struct bvec_iter iter);
 void nbdcow_bio_complete(struct bio *bio, int error);
 int nbdcow_defer(struct nbdcow_target *t, struct bio *bio);
@@ -300,15 +299,12 @@ void nbdcow_overlay_event(struct nbdcow_overlay *ov);
 struct nbdcow_view *nbdcow_view_create(dev_t dev, sector_t sectors, char **error);
 void nbdcow_view_destroy(struct nbdcow_view *view);
 int nbdcow_view_freeze(struct nbdcow_view *view);
-enum nbdcow_state nbdcow_view_state(struct nbdcow_view *view, u64 block, u64 max,
-				    u64 *run);
 int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece);
 
 /* store.c */
 struct file *nbdcow_store_create(const char *dir, char **error);
 struct file *nbdcow_store_another(struct file *file);
 void nbdcow_store_destroy(struct file *file);
-struct page *nbdcow_store_find(struct file *file, u64 block);
 struct page *nbdcow_store_walk(struct nbdcow_walk *walk, struct file *file,
 			       u64 block);
 bool nbdcow_store_lock(struct file *file, struct page *page, bool nowait);

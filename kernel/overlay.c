@@ -303,15 +303,10 @@ enum nbdcow_state nbdcow_overlay_block(struct nbdcow_overlay *ov, u64 block)
 	return state;
 }
 
-static unsigned long patience_ends(struct nbdcow_overlay *ov)
+/* Is it worth another try, of what was tried since @start first? Not in map(). */
+static bool wait_for_memory(int ret, unsigned long start)
 {
-	return jiffies + (READ_ONCE(ov->store_full) ? 0 : NBDCOW_NOMEM_PATIENCE);
-}
-
-/* Is it worth another try? Not in map(). */
-static bool wait_for_memory(int ret, unsigned long end)
-{
-	if (ret != -ENOMEM || !time_before(jiffies, end))
+	if (ret != -ENOMEM || !time_before(jiffies, start + NBDCOW_NOMEM_PATIENCE))
 		return false;
 	/* kswapd can do what GFP_NOIO cannot: swap out. */
 	schedule_timeout_uninterruptible(NBDCOW_NOMEM_PAUSE);
@@ -536,7 +531,7 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			  u64 block, enum nbdcow_context context)
 {
 	struct mutex *lock = installer_lock(ov, block);
-	unsigned long end = patience_ends(ov);
+	unsigned long start = jiffies;
 	struct mem_cgroup *old_memcg;
 	struct nbdcow_view *view;
 	int ret = 0;
@@ -554,7 +549,8 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			continue;
 		do {
 			ret = save_block(view, block, context);
-		} while (context == NBDCOW_WORK && wait_for_memory(ret, end));
+		} while (context == NBDCOW_WORK && !READ_ONCE(ov->store_full) &&
+			 wait_for_memory(ret, start));
 		if (!ret)
 			continue;
 		if (context != NBDCOW_WORK) {
@@ -753,8 +749,8 @@ int nbdcow_overlay_write(struct nbdcow_overlay *ov, struct nbdcow_piece *piece)
  * @piece: which bytes
  * @action: nbdcow_overlay_read() or nbdcow_overlay_write()
  *
- * After one request has waited in vain, others do not wait until a new block could be
- * stored.
+ * After one request has waited in vain for a new block, others that want one do not
+ * wait until one could be stored.
  *
  * Context: process context, not in map(); sleeps.
  * Return: as @action.
@@ -763,13 +759,15 @@ int nbdcow_overlay_wait(struct nbdcow_overlay *ov, struct nbdcow_piece *piece,
 			int (*action)(struct nbdcow_overlay *ov,
 				      struct nbdcow_piece *piece))
 {
-	unsigned long end = patience_ends(ov);
+	unsigned long start = jiffies;
 	int ret;
 
 	piece->context = NBDCOW_WORK;
 	do {
+		piece->new_block = false;
 		ret = action(ov, piece);
-	} while (wait_for_memory(ret, end));
+	} while (!(piece->new_block && READ_ONCE(ov->store_full)) &&
+		 wait_for_memory(ret, start));
 	if (ret == -ENOMEM && piece->new_block)
 		note_refused(ov, ret);
 	return ret;
@@ -861,7 +859,7 @@ static int __zero_leaf(struct nbdcow_overlay *ov, u64 block, unsigned long count
 int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 {
 	struct mem_cgroup *old_memcg = set_active_memcg(ov->memcg);
-	unsigned long end = patience_ends(ov);
+	unsigned long start = jiffies;
 	int ret = 0;
 
 	while (count && !ret) {
@@ -878,7 +876,7 @@ int nbdcow_overlay_zero(struct nbdcow_overlay *ov, u64 block, u64 count)
 			down_write(lock);
 			ret = __zero_leaf(ov, block, n);
 			up_write(lock);
-		} while (wait_for_memory(ret, end));
+		} while (wait_for_memory(ret, start));
 		cond_resched();
 		block += n;
 		count -= n;
@@ -1390,22 +1388,6 @@ int nbdcow_view_freeze(struct nbdcow_view *view)
 	return ret;
 }
 
-/**
- * nbdcow_view_state() - the state that a block had, and how many share it
- * @view: the view, frozen
- * @block: first block
- * @max: most blocks that the caller cares for
- * @run: set to the number of blocks that had the state
- *
- * Context: any.
- * Return: the state.
- */
-enum nbdcow_state nbdcow_view_state(struct nbdcow_view *view, u64 block, u64 max,
-				    u64 *run)
-{
-	return nbdcow_map_run(view->states, block, max, run);
-}
-
 /* The page that holds the block as it was, locked. */
 static struct page *get_viewed(struct nbdcow_view *view, u64 block)
 {
@@ -1468,11 +1450,11 @@ out:
  */
 int nbdcow_view_read(struct nbdcow_view *view, struct nbdcow_piece *piece)
 {
-	unsigned long end = patience_ends(view->overlay);
+	unsigned long start = jiffies;
 	int ret;
 
 	do {
 		ret = view_read(view, piece);
-	} while (wait_for_memory(ret, end));
+	} while (wait_for_memory(ret, start));
 	return ret;
 }

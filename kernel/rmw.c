@@ -16,8 +16,6 @@
 #include "compat.h"
 #include "nbdcow.h"
 
-#define DM_MSG_PREFIX "nbdcow"
-
 struct nbdcow_rmw {
 	struct hlist_node node;	/* in rmw_hash while bios may join */
 	struct nbdcow_target *t; /* whose base is read */
@@ -76,7 +74,7 @@ static void rmw_install(struct nbdcow_rmw *rmw, struct bio_list *bios)
 
 	memset(base + bytes, 0, NBDCOW_BLOCK_BYTES - bytes);
 	while ((bio = bio_list_pop(bios))) {
-		nbdcow_piece_init(&piece, rmw->t, bio, bio->bi_iter);
+		nbdcow_piece_init(&piece, rmw->t->ti, bio, bio->bi_iter);
 		piece.base = base;
 		ret = nbdcow_overlay_wait(rmw->t->overlay, &piece,
 					  nbdcow_overlay_write);
@@ -103,7 +101,7 @@ static void rmw_work(struct work_struct *work)
 	bool idle;
 
 	bio_uninit(&rmw->bio);
-	if (status == BLK_STS_AGAIN) {	/* was tried with REQ_NOWAIT */
+	if (status == BLK_STS_AGAIN && rmw->bio.bi_opf & REQ_NOWAIT) {
 		rmw_read(rmw, 0);
 		return;
 	}
@@ -221,8 +219,8 @@ void nbdcow_rmw_submit(struct nbdcow_target *t, struct bio *bio, bool in_work)
 	spin_unlock(&t->rmw_lock);
 
 	if (in_work) {
-		/* as if it had been tried with REQ_NOWAIT */
-		bio_init(&rmw->bio, NULL, NULL, 0, REQ_OP_READ);
+		/* as if that had been tried */
+		bio_init(&rmw->bio, NULL, NULL, 0, REQ_OP_READ | REQ_NOWAIT);
 		rmw->bio.bi_status = BLK_STS_AGAIN;
 		rmw_endio(&rmw->bio);
 		return;

@@ -163,8 +163,8 @@ static struct page *usable_page(struct folio *folio, pgoff_t index)
 	return if_usable(folio, folio_file_page(folio, index));
 }
 
-/**
- * nbdcow_store_find() - find a block's page if it is in memory
+/*
+ * store_find() - find a block's page if it is in memory
  * @file: the file
  * @block: the block
  *
@@ -175,7 +175,7 @@ static struct page *usable_page(struct folio *folio, pgoff_t index)
  * Context: any; @file is kept alive by RCU or a lock.
  * Return: the page with a reference, or NULL.
  */
-struct page *nbdcow_store_find(struct file *file, u64 block)
+static struct page *store_find(struct file *file, u64 block)
 {
 	pgoff_t index = block_index(block);
 	struct folio *folio = filemap_get_folio(file->f_mapping, index);
@@ -205,7 +205,7 @@ static noinline bool stands_in_large(struct nbdcow_walk *walk, pgoff_t index)
 }
 
 /**
- * nbdcow_store_walk() - nbdcow_store_find() for one block after the other
+ * nbdcow_store_walk() - store_find() for one block after the other
  * @walk: where it is, from nbdcow_store_walk_begin()
  * @file: the file it is over
  * @block: the block, best the one after that of the call before
@@ -214,7 +214,7 @@ static noinline bool stands_in_large(struct nbdcow_walk *walk, pgoff_t index)
  * looked up once.
  *
  * Context: under rcu_read_lock() from the first call to nbdcow_store_walk_end().
- * Return: as nbdcow_store_find().
+ * Return: as store_find().
  */
 struct page *nbdcow_store_walk(struct nbdcow_walk *walk, struct file *file,
 			       u64 block)
@@ -236,12 +236,12 @@ struct page *nbdcow_store_walk(struct nbdcow_walk *walk, struct file *file,
 	/* As filemap_get_folio() does, which copes with what is rare. */
 	if (unlikely(xa_is_internal(folio) || !folio_try_get(folio))) {
 		xas_reset(xas);
-		return nbdcow_store_find(file, block);
+		return store_find(file, block);
 	}
 	if (unlikely(folio != xas_reload(xas))) {
 		folio_put(folio);
 		xas_reset(xas);
-		return nbdcow_store_find(file, block);
+		return store_find(file, block);
 	}
 	if (unlikely(folio_test_large(folio))) {
 		enter_large(walk, folio, index);
@@ -253,7 +253,7 @@ struct page *nbdcow_store_walk(struct nbdcow_walk *walk, struct file *file,
 /**
  * nbdcow_store_lock() - lock a page and make sure that it is still the file's
  * @file: the file
- * @page: a page that nbdcow_store_find() returned
+ * @page: a page that store_find() returned
  * @nowait: only try
  *
  * A locked page is neither reclaimed, migrated nor removed.
@@ -311,7 +311,7 @@ struct page *nbdcow_store_get_locked(struct file *file, u64 block,
 		gfp |= __GFP_HIGH;
 
 	for (;;) {
-		page = nbdcow_store_find(file, block);
+		page = store_find(file, block);
 		if (!page) {
 			trace = xa_load(&mapping->i_pages, index);
 			if (trace && context != NBDCOW_WORK)

@@ -28,17 +28,14 @@ static void view_work(struct work_struct *work)
 {
 	struct view_io *io = container_of(work, struct view_io, work);
 	struct bio *bio = dm_bio_from_per_bio_data(io, sizeof(*io));
-	struct nbdcow_piece piece = { .bio = bio, .iter = bio->bi_iter };
-	sector_t sector;
+	struct bvec_iter iter = bio->bi_iter;
+	struct nbdcow_piece piece;
 	int ret = 0;
 
-	while (piece.iter.bi_size && !ret) {
-		sector = dm_target_offset(io->v->ti, piece.iter.bi_sector);
-		piece.block = nbdcow_block(sector);
-		piece.offset = (sector % NBDCOW_BLOCK_SECTORS) << SECTOR_SHIFT;
-		piece.bytes = min(NBDCOW_BLOCK_BYTES - piece.offset,
-				  piece.iter.bi_size);
+	while (iter.bi_size && !ret) {
+		nbdcow_piece_init(&piece, io->v->ti, bio, iter);
 		ret = nbdcow_view_read(io->v->view, &piece);
+		iter = piece.iter;
 		cond_resched();
 	}
 	nbdcow_bio_complete(bio, ret);
@@ -57,9 +54,8 @@ static int view_map(struct dm_target *ti, struct bio *bio)
 	if (bio_op(bio) != REQ_OP_READ)
 		return DM_MAPIO_KILL;
 
-	state = nbdcow_view_state(v->view, nbdcow_block(sector),
-				  DIV_ROUND_UP(skip + n, NBDCOW_BLOCK_SECTORS),
-				  &run);
+	state = nbdcow_map_run(v->view->states, nbdcow_block(sector),
+			       DIV_ROUND_UP(skip + n, NBDCOW_BLOCK_SECTORS), &run);
 	n = min_t(u64, n, run * NBDCOW_BLOCK_SECTORS - skip);
 	if (state == NBDCOW_BASE) {
 		left = v->view->overlay->base_sectors;
@@ -100,6 +96,18 @@ static void view_dtr(struct dm_target *ti)
 	kfree(v);
 }
 
+/* A device is named by its numbers or its path. */
+static int find_device(const char *name, dev_t *dev)
+{
+	unsigned int major, minor;
+	char more;
+
+	if (sscanf(name, "%u:%u%c", &major, &minor, &more) != 2)
+		return lookup_bdev(name, dev);
+	*dev = MKDEV(major, minor);
+	return MAJOR(*dev) == major && MINOR(*dev) == minor ? 0 : -EOVERFLOW;
+}
+
 /*
  * <device> <base device>
  *
@@ -127,7 +135,7 @@ static int view_ctr(struct dm_target *ti, unsigned int argc, char **argv)
 	v->ti = ti;
 	ti->private = v;
 
-	ret = dm_devt_from_path(argv[0], &v->dev);
+	ret = find_device(argv[0], &v->dev);
 	if (ret) {
 		ti->error = "The device to view does not exist";
 		goto bad;
@@ -192,7 +200,7 @@ static char view_extent(struct dm_target *ti, u64 block, u64 max, u64 *run)
 {
 	struct view_target *v = ti->private;
 
-	switch (nbdcow_view_state(v->view, block, max, run)) {
+	switch (nbdcow_map_run(v->view->states, block, max, run)) {
 	case NBDCOW_OVERLAY:
 		return 'o';
 	case NBDCOW_ZERO:

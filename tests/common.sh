@@ -425,14 +425,15 @@ swap_to()
 	undo swapoff /dev/mapper/test-swap
 }
 
-# make_swapped_cow NAME SECTORS BASE DEVICE: the kernel swaps to DEVICE; what
+# make_swapped_cow NAME SECTORS BASE DEVICE [ARG...]: the kernel swaps to DEVICE; what
 # the overlay stores is all that is in $SWAPPED
 make_swapped_cow()
 {
 	local name=$1 sectors=$2 base=$3
 
 	swap_to "$4"
-	within_cgroup $SWAPPED dmsetup create "$name" --table "0 $sectors nbdcow $base"
+	shift 4
+	within_cgroup $SWAPPED dmsetup create "$name" --table "0 $sectors nbdcow $base $*"
 	undo dmsetup remove --retry "$name"
 }
 

@@ -33,6 +33,16 @@ may_fail()
 	undo eval "echo 0 >'$dir/make-it-fail'"
 }
 
+# workers_may_fail 0|1: also those of the kernel
+workers_may_fail()
+{
+	local comm
+
+	for comm in /proc/[0-9]*/comm; do
+		[[ $(<"$comm") != kworker/* ]] || echo "$1" >"${comm%comm}make-it-fail"
+	done
+}
+
 # Whoever looks at the end of the boot would not see what is forgotten here.
 forget_leaks()
 {
@@ -247,6 +257,30 @@ swapped_out()
 		"${out[@]}" 'after status test-cow used=31' 'faults discard 64k 4k'
 }
 
+# What is stored waits for memory also when there was no room for a new block.
+swapped_out_when_full()
+{
+	local command
+
+	mkdir "$work/tmpfs"
+	undo rmdir "$work/tmpfs"
+	mount -t tmpfs -o size=128k tmpfs "$work/tmpfs"
+	undo umount "$work/tmpfs"
+	make_swapped_cow test-cow 4096 /dev/ram0 /dev/ram1 2 tmpfs "$work/tmpfs"
+	io $COW 'write 0 128k B' "echo 128K $SWAPPED/memory.reclaim" 'fails ENOSPC write 256k 4k C'
+	status_is test-cow health=full
+	between 'bytes that are swapped out' "$(<$SWAPPED/memory.swap.current)" 65536 131072
+	knob space 0
+	workers_may_fail 1
+	undo workers_may_fail 0
+	for command in 'check 64k 4k B' 'write 68k 1k B'; do
+		io $COW "echo 256K $SWAPPED/memory.reclaim" drop \
+			"echo 10 $FAULTS/fail_page_alloc/times" "$command"
+		is "faults that $command left" "$(<$FAULTS/fail_page_alloc/times)" 0
+	done
+	io $COW 'check 0 128k B'
+}
+
 VIEW='create test-view 6144 nbdcow-view /dev/mapper/test-cow /dev/ram0'
 
 view()
@@ -270,6 +304,34 @@ viewed()
 	io $COW 'before absent test-view' 'before message test-cow reset' 'before model 2M' \
 		'before write 0 64k B' "before $VIEW" 'after model 2M' \
 		'after status test-cow used=0' 'faults message test-cow reset' 'absent test-view'
+}
+
+# make_view: of what is there, of which a half is overwritten then
+make_view()
+{
+	make_dm test-view "0 $1 nbdcow-view $COW /dev/ram0" --readonly
+	may_fail /dev/mapper/test-view
+	io $COW 'write 0 64k A'
+}
+
+# What was saved for it, what the copy still has, zeroes and the base.
+view_is_read()
+{
+	make_cow test-cow 6144 /dev/ram0
+	io $COW 'write 0 128k B' 'discard 128k 4k'
+	make_view 6144
+	io /dev/mapper/test-view 'faults check 60k 8k B' 'faults is 130k 0000....'
+}
+
+view_is_swapped_out()
+{
+	make_swapped_cow test-cow 4096 /dev/ram0 /dev/ram1
+	io $COW 'write 0 128k B'
+	make_view 4096
+	io /dev/mapper/test-view "before echo 256K $SWAPPED/memory.reclaim" \
+		'faults check 32k 4k B' "before echo 256K $SWAPPED/memory.reclaim" \
+		'faults check 96k 4k B'
+	between 'bytes that are swapped out' "$(<$SWAPPED/memory.swap.current)" 65536 524288
 }
 
 BASE=/dev/mapper/test-base
@@ -407,7 +469,10 @@ run_tests \
 	limit 'limit and status' \
 	view 'a view is made' \
 	viewed 'blocks that a view needs are written and discarded' \
+	view_is_read 'a view is read' \
+	view_is_swapped_out 'a view of blocks that are swapped out is read' \
 	swapped_out 'blocks that are swapped out are read and written' \
+	swapped_out_when_full 'they wait for memory also when the overlay is full' \
 	miss 'blocks are read into the cache of the base' \
 	eviction 'others make room for them there' \
 	cached_write 'a sector is written, and its block cached' \
