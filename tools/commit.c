@@ -225,8 +225,9 @@ static int open_file(struct commit *commit, const struct cow *cow)
 	return 0;
 }
 
-static int open_target(struct commit *commit, const struct cow *cow)
+static int open_target(const struct cow *cow, void *arg)
 {
+	struct commit *commit = arg;
 	uint64_t bytes = cow->sectors * SECTOR_BYTES;
 	uint64_t base_bytes = cow->status.base_size_sectors * SECTOR_BYTES;
 	int err;
@@ -400,7 +401,7 @@ int cmd_commit(const struct args *args)
 	commit.buf = aligned_alloc(BLOCK_BYTES, BUF_BYTES);
 	if (!commit.buf)
 		return fail(-ENOMEM, "out of memory");
-	err = view_open(args, &commit.view) ?: open_target(&commit, &commit.view.cow);
+	err = view_open(args, &commit.view, open_target, &commit);
 	if (!err)
 		err = write_changes(&commit);
 	view_close(&commit.view);

@@ -426,7 +426,8 @@ struct view {
 	int fd;				/* reads it; -1 without one */
 };
 
-int view_open(const struct args *args, struct view *view);
+int view_open(const struct args *args, struct view *view,
+	      int (*check)(const struct cow *cow, void *arg), void *arg);
 int view_read(const struct view *view, void *buf, size_t bytes, uint64_t offset);
 void view_close(struct view *view);
 

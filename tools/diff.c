@@ -119,10 +119,10 @@ static void forget_output(struct output *output)
  * What the image is recorded to stand on: what is given, or the base. A file whose
  * name qemu would take for more than that gets a directory before it.
  */
-static int choose_backing(struct diff *diff)
+static int choose_backing(const struct cow *cow, void *arg)
 {
+	struct diff *diff = arg;
 	const char *given = diff->args->value[KEY_BACKING];
-	const struct cow *cow = &diff->view.cow;
 	bool file;
 
 	diff->format = diff->args->value[KEY_FORMAT] ?: "raw";
@@ -270,9 +270,8 @@ int cmd_diff(const struct args *args)
 		return fail(-EINVAL, "format=%s cannot be printed", args->value[KEY_FORMAT]);
 	if (args->value[KEY_FORMAT] && !args->value[KEY_BACKING])
 		return fail(-EINVAL, "diff: format= is that of backing=, which is missing");
-	err = parse_output(args->file, &diff.output) ?: view_open(args, &diff.view);
-	if (!err)
-		err = choose_backing(&diff);
+	err = parse_output(args->file, &diff.output) ?:
+	      view_open(args, &diff.view, choose_backing, &diff);
 	if (!err) {
 		diff.under_end = backing_end(&diff);
 		err = make_image(&diff);

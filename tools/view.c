@@ -161,17 +161,18 @@ static int make_view(struct view *view)
 }
 
 /*
- * Freezes the device that is meant, and lowers our priority. The view is to be closed as
- * soon as it is read.
+ * Freezes the device that is meant, unless @check of it fails, and lowers our priority.
+ * The view is to be closed as soon as it is read.
  */
-int view_open(const struct args *args, struct view *view)
+int view_open(const struct args *args, struct view *view,
+	      int (*check)(const struct cow *cow, void *arg), void *arg)
 {
 	int lock = lock_name(args), err;
 
 	view->fd = -1;
 	if (lock < 0)
 		return lock;
-	err = find_cow(args, &view->cow);
+	err = find_cow(args, &view->cow) ?: check(&view->cow, arg);
 	if (!err)
 		err = interrupted() ? -EINTR : make_view(view);
 	close(lock);
