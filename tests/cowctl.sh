@@ -330,7 +330,7 @@ cannot_export()
 	says 4 'is not a socket' cowctl export test-cow socket="$work/file"
 	test -f "$work/file"
 	says 1 'cannot export test-cow' cowctl export test-cow socket="$work/none/socket"
-	says 1 'cannot export test-cow at address 192.0.2.1' cowctl export test-cow address=192.0.2.1
+	says 1 'address=192.0.2.1 is no address of this machine' cowctl export test-cow address=192.0.2.1
 	undo rm -f "$work"/{socket,socket.pid}
 	start_nbdkit "$work/socket" null
 	says 4 'is in use' cowctl export test-cow socket="$work/socket"
@@ -349,6 +349,16 @@ cannot_export()
 	rm $run_dir/test-cow.export
 	cowctl export test-cow
 	is 'the number of servers' "$(pgrep -f "$run_dir/test-cow.pid" | wc -l)" 1
+
+	# what listens where it did then is not its own
+	pkill -KILL -f "$run_dir/test-cow.pid"
+	wait_until 10 not pgrep -f "$run_dir/test-cow.pid"
+	undo rm -f $run_dir/test-cow.sock{,.pid}
+	start_nbdkit $run_dir/test-cow.sock null
+	cowctl unexport test-cow
+	nbdinfo --size "nbd+unix:///?socket=$run_dir/test-cow.sock"
+	says 3 'is not exported' cowctl unexport test-cow
+	says 4 'is in use' cowctl export test-cow
 }
 
 names()

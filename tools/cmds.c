@@ -838,8 +838,11 @@ static int remove_locked(const struct args *args)
 	if (!export_find(args->mangled, &export))
 		return fail(-EBUSY, "%s is exported at %s; \"cowctl unexport\" it first",
 			    args->name, export.uri);
-	return check_closed(args, &cow, "") ?: take_down(args, &cow) ?:
-	       release_base(args->mangled);
+	err = check_closed(args, &cow, "") ?: take_down(args, &cow);
+	if (err)
+		return err;
+	export_forget(args->mangled);
+	return release_base(args->mangled);
 }
 
 int cmd_remove(const struct args *args)
@@ -1204,7 +1207,9 @@ int cmd_export(const struct args *args)
 	err = find_cow(args, &cow);
 	if (!err)
 		err = export_start(&cow, args);
-	if (!err && !export_find(args->mangled, &export))
+	if (!err && export_find(args->mangled, &export))
+		err = fail(-EIO, "the server of %s has ended again", args->name);
+	if (!err)
 		report_server(args, export.server, export.uri);
 	close(lock);
 	return err;

@@ -328,6 +328,7 @@ void reconnect_stop(const char *mangled);
 int export_find(const char *mangled, struct export *export);
 int export_start(const struct cow *cow, const struct args *args);
 int export_stop(const char *mangled, const char *name);
+void export_forget(const char *mangled);
 
 /* Where to listen: a Unix socket, or a TCP port of one address. */
 struct listen {
@@ -338,7 +339,7 @@ struct listen {
 };
 
 int listen_parse(const struct args *args, struct listen *listen);
-int listen_check(const struct listen *listen, const char *name);
+int listen_check(const struct listen *listen);
 int write_run_file(const char *slot, const char *suffix, const char *text);
 void clear_away(const char *slot);
 int find_plugin(bool needed, char **plugin);

@@ -86,14 +86,20 @@ static int find_server(const char *mangled, int *fds, int max)
 	return n;
 }
 
+/* Looks first where its file says, for this is asked of each of many devices. */
 static bool server_runs(const char *mangled)
 {
+	char *pid_file = run_path(mangled, "pid"), text[24];
+	bool runs = !read_line(pid_file, text, sizeof(text)) && atoi(text) > 0 &&
+		    runs_server(text, pid_file);
 	int fd;
 
-	if (!find_server(mangled, &fd, 1))
-		return false;
-	close(fd);
-	return true;
+	free(pid_file);
+	if (!runs && find_server(mangled, &fd, 1)) {
+		close(fd);
+		runs = true;
+	}
+	return runs;
 }
 
 /* Return: 0 and the export, or -ENOENT when the device is not exported. */
@@ -115,37 +121,6 @@ static void wait_for_end(int fd, int64_t deadline)
 	poll(&end, 1, left > 0 ? left : 0);
 }
 
-/* Stops the server and removes its files; tolerates that any of it is missing. */
-void clear_away(const char *mangled)
-{
-	int fds[256], n = find_server(mangled, fds, 256);
-	int64_t deadline = now_ms() + STOP_MS;
-	char *path, text[PATH_MAX];
-
-	for (int i = 0; i < n; i++)
-		pidfd_send_signal(fds[i], SIGTERM, NULL, 0);
-	for (int i = 0; i < n; i++) {
-		wait_for_end(fds[i], deadline);
-		pidfd_send_signal(fds[i], SIGKILL, NULL, 0);
-		wait_for_end(fds[i], now_ms() + STOP_MS);
-		close(fds[i]);
-	}
-	/* The socket's path stands in a file of its own, written before it is made. */
-	path = run_path(mangled, "socket");
-	if (!read_line(path, text, sizeof(text))) {
-		struct stat st;
-
-		if (!lstat(text, &st) && S_ISSOCK(st.st_mode))
-			unlink(text);
-	}
-	free(path);
-	remove_file(mangled, "socket");
-	remove_file(mangled, "conf");
-	remove_file(mangled, "pid");
-	/* Last, so that whoever is killed before can be asked to do it again. */
-	remove_file(mangled, "export");
-}
-
 /* Connects to the server, or binds where it shall listen. Return: 0, -errno. */
 static int try_socket(const struct listen *listen,
 		      int (*call)(int fd, const struct sockaddr *addr, socklen_t len))
@@ -156,7 +131,8 @@ static int try_socket(const struct listen *listen,
 
 	if (listen->socket[0]) {
 		memcpy(addr.sun_path, listen->socket, sizeof(addr.sun_path));
-		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		/* it would wait for a server that is too busy to accept */
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 		if (fd < 0 || call(fd, (struct sockaddr *)&addr, sizeof(addr)))
 			err = -errno;
 	} else {
@@ -174,34 +150,76 @@ static int try_socket(const struct listen *listen,
 	return err;
 }
 
-/* Refuses what is taken, before a server that says little about it does. */
-int listen_check(const struct listen *listen, const char *name)
+/*
+ * Removes a socket that nobody listens on any more. Return: 0, also when it is not there,
+ * -EEXIST if it is no socket, -EADDRINUSE if somebody listens, or another -errno.
+ */
+static int remove_socket(const char *path)
 {
+	struct listen listen = { 0 };
 	struct stat st;
+
+	if (lstat(path, &st))
+		return 0;
+	if (!S_ISSOCK(st.st_mode) || strlen(path) >= sizeof(listen.socket))
+		return -EEXIST;
+	strcpy(listen.socket, path);
+	if (try_socket(&listen, connect) != -ECONNREFUSED)
+		return -EADDRINUSE;
+	return unlink(path) ? -errno : 0;
+}
+
+/* Stops the server and removes its files; tolerates that any of it is missing. */
+void clear_away(const char *mangled)
+{
+	int fds[256], n = find_server(mangled, fds, 256);
+	int64_t deadline = now_ms() + STOP_MS;
+	char *path, text[PATH_MAX];
+
+	for (int i = 0; i < n; i++)
+		pidfd_send_signal(fds[i], SIGTERM, NULL, 0);
+	for (int i = 0; i < n; i++) {
+		wait_for_end(fds[i], deadline);
+		pidfd_send_signal(fds[i], SIGKILL, NULL, 0);
+		wait_for_end(fds[i], now_ms() + STOP_MS);
+		close(fds[i]);
+	}
+	/* The socket's path stands in a file of its own, written before it is made. */
+	path = run_path(mangled, "socket");
+	if (!read_line(path, text, sizeof(text)))
+		remove_socket(text);
+	free(path);
+	remove_file(mangled, "socket");
+	remove_file(mangled, "conf");
+	remove_file(mangled, "pid");
+	/* Last, so that whoever is killed before can be asked to do it again. */
+	remove_file(mangled, "export");
+}
+
+/* Refuses what is taken, before a server that says little about it does. */
+int listen_check(const struct listen *listen)
+{
 	int err;
 
 	if (listen->socket[0]) {
-		if (lstat(listen->socket, &st))
-			return 0;
-		if (!S_ISSOCK(st.st_mode))
-			return fail(-EEXIST, "cannot export %s: %s exists and is not a socket",
-				    name, listen->socket);
-		if (try_socket(listen, connect) != -ECONNREFUSED)
-			return fail(-EADDRINUSE, "cannot export %s: %s is in use", name,
+		err = remove_socket(listen->socket);
+		if (err == -EEXIST)
+			return fail(err, "%s exists and is not a socket; choose another socket=",
 				    listen->socket);
-		if (unlink(listen->socket))
-			return fail(-errno, "cannot remove the old socket %s: %m", listen->socket);
-		return 0;
+		if (err == -EADDRINUSE)
+			return fail(err, "%s is in use; choose another socket=", listen->socket);
+		return err ? fail(err, "cannot remove the old socket %s: %s", listen->socket,
+				  strerror(-err)) : 0;
 	}
 	err = try_socket(listen, bind);
 	if (err == -EADDRINUSE)
-		return fail(err, "cannot export %s: port %s of %s is in use", name, listen->port,
+		return fail(err, "port %s of %s is in use; choose another port=", listen->port,
 			    listen->address);
-	if (err)
-		return fail(err == -EINVAL ? -EADDRNOTAVAIL : err,
-			    "cannot export %s at address %s, port %s: %s", name, listen->address,
-			    listen->port, strerror(-err));
-	return 0;
+	if (err == -EADDRNOTAVAIL)
+		return fail(err, "address=%s is no address of this machine; \"ip addr\" shows %s",
+			    listen->address, "those it has");
+	return err ? fail(io_error(-err), "cannot listen at address %s, port %s: %s",
+			  listen->address, listen->port, strerror(-err)) : 0;
 }
 
 int listen_parse(const struct args *args, struct listen *listen)
@@ -416,7 +434,7 @@ static int start(const struct cow *cow, const struct args *args, const char *ser
 	clear_away(cow->mangled);
 	err = listen_parse(args, &listen);
 	if (!err)
-		err = listen_check(&listen, cow->name);
+		err = listen_check(&listen);
 	if (!err && listen.socket[0])
 		err = write_run_file(cow->mangled, "socket", listen.socket);
 	if (err)
@@ -461,6 +479,16 @@ int export_start(const struct cow *cow, const struct args *args)
 		warn_if_mounted(cow);
 	free(plugin);
 	return err;
+}
+
+/* Its device has gone: clears away what a server that was killed has left. */
+void export_forget(const char *mangled)
+{
+	char *path = run_path(mangled, "export");
+
+	if (!access(path, F_OK))
+		clear_away(mangled);
+	free(path);
 }
 
 int export_stop(const char *mangled, const char *name)

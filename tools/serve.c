@@ -336,8 +336,7 @@ static int prepare(struct server *server, int lock)
 	dm_server_sweep();
 	err = nbd_release(server->slot);
 	if (!err && !server->fds)
-		err = listen_parse(args, &server->listen) ?:
-		      listen_check(&server->listen, args->name);
+		err = listen_parse(args, &server->listen) ?: listen_check(&server->listen);
 	if (!err)
 		err = check_base(base) ?: open_base(base, server->slot, lock, &server->base);
 	if (!err)
