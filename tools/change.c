@@ -87,8 +87,8 @@ static int grow(const struct args *args, uint64_t bytes)
 	err = find_cow(args, &cow);
 	bytes -= bytes % BLOCK_BYTES;
 	if (!err && bytes < cow.sectors * SECTOR_BYTES)
-		return fail(-EINVAL, "size=%s: %s is larger, and cannot shrink",
-			    args->value[KEY_SIZE], args->name);
+		return fail(-EINVAL, "size=%s: %s has %" PRIu64 " bytes, and cannot shrink",
+			    args->value[KEY_SIZE], args->name, cow.sectors * SECTOR_BYTES);
 	if (err || bytes == cow.sectors * SECTOR_BYTES)
 		return err;
 	return dm_reload(&cow, bytes / SECTOR_BYTES, cow.params, false) ?: restart_watch(&cow);

@@ -247,11 +247,14 @@ void close_base(struct base *base)
 	base->lock = -1;
 }
 
-/* Return: 0 when base= is given, which @command needs. */
+/* Return: 0 when base= is given, which @command needs, and is no address we cannot use. */
 int need_base(const struct args *args, const char *command)
 {
-	if (args->value[KEY_BASE])
-		return 0;
+	const char *text = args->value[KEY_BASE];
+	struct nbd_uri uri;
+
+	if (text)
+		return strstr(text, "://") ? nbd_check(text, &uri) : 0;
 	if (args->named && !access(args->name, F_OK))
 		return fail(-EINVAL, "%s: base= is missing; did you mean base=%s?", command,
 			    args->name);

@@ -21,14 +21,14 @@ static const struct {
 	const char *name;
 	const char *value;
 	const char *help;
-} keys[KEY_COUNT + 1] = {
+} keys[KEY_COUNT] = {
 	[KEY_BASE] = { "base", "BASE",
 		       "block device, image file, or NBD export:\n"
 		       "\t\t\t       nbd://HOST[:PORT][/EXPORT],\n"
 		       "\t\t\t       nbd+unix:///[EXPORT]?socket=PATH" },
 	[KEY_LIMIT] = { "limit", "LIMIT",
 			"the most it may store: 4G, 25% (of RAM) or none" },
-	[KEY_SIZE] = { "size", "SIZE", "of the device; that of BASE by default" },
+	[KEY_SIZE] = { "size", "SIZE", "of the device; by default that of BASE (create)" },
 	[KEY_ROUND] = { "round", "up|down", "to blocks of 4096 bytes; down by default" },
 	[KEY_SOCKET] = { "socket", "PATH", "listen on this Unix socket" },
 	[KEY_PORT] = { "port", "PORT", "listen on this TCP port; 10809 with address=" },
@@ -138,7 +138,7 @@ static const struct command {
 		.name = "load",
 		.run = cmd_load,
 		.usage = "[NAME] FILE [force=true]",
-		.help = "make the changes of such an image in a fresh copy",
+		.help = "make the changes that diff has kept in a fresh copy",
 		.keys = KEY(FORCE),
 		.takes_file = true,
 	}, {
@@ -386,7 +386,9 @@ static int run_command(char **words, struct args *args, bool want_help)
 	if (!words[0] || want_help)
 		return help_about(words[0]);
 	if (!strcmp(words[0], "help"))
-		return help_about(words[1]);
+		return words[1] && words[2] ?
+		       fail(-EINVAL, "help: one argument too many: %s", words[2]) :
+		       help_about(words[1]);
 	command = find_command(words[0]);
 	if (!command)
 		return unknown_command(words[0]);

@@ -141,7 +141,7 @@ struct cow_status {
 /* A connection to an NBD server. */
 struct nbd_link {
 	char dev[32];			/* /dev/nbdN */
-	char uri[PATH_MAX + 4352];
+	char uri[3 * 4096 + 1024];	/* the longest that parse_nbd_uri() takes */
 	bool connected;
 };
 
@@ -176,6 +176,7 @@ const char *human_size(uint64_t bytes, char buf[16]);
 const char *short_size(uint64_t bytes, char buf[16]);
 const char *nearest(const char *word, const char *const *words);
 bool printable(const char *text);
+void make_printable(char *text);
 
 /* util.c */
 
@@ -215,6 +216,7 @@ struct run {
 };
 
 int run(struct run *run);
+int load_module(const char *name, char message[512]);
 int call_apart(int (*call)(void *arg), void *arg, int wait_ms);
 int hold_file(int fd);
 bool still_held(int fd);
@@ -279,6 +281,7 @@ bool loop_is_part(dev_t dev);
 
 #define SLOT_BYTES	(NAME_BYTES + 1)
 
+int nbd_check(const char *text, struct nbd_uri *uri);
 int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PATH_MAX]);
 int nbd_find(const char *mangled, struct nbd_link *link);
 int nbd_release(const char *mangled);

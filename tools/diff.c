@@ -488,7 +488,9 @@ int cmd_load(const struct args *args)
 
 	load.image.arg = &load;
 	if (!args->file)
-		return fail(-EINVAL, "load: the file to load is missing; see \"cowctl help load\"");
+		return fail(-EINVAL, "load: the file to load is missing; %s",
+			    args->named ? "a file without .qcow2 takes a ./ before it" :
+			    "see \"cowctl help load\"");
 	err = parse_flag(args, KEY_FORCE, false, &force);
 	if (err)
 		return err;

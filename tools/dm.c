@@ -104,19 +104,6 @@ static int target_known(void)
 	return ret;
 }
 
-/* What it says of a module that is there goes to @message. */
-static int modprobe(const char *module, char message[512])
-{
-	const char *argv[] = { "modprobe", "-q", module, NULL };
-	struct run modprobe = {
-		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
-	};
-	int ret = run(&modprobe);
-
-	memcpy(message, modprobe.message, sizeof(modprobe.message));
-	return ret;
-}
-
 /* Loads the module where it is not loaded yet. */
 int dm_need_target(void)
 {
@@ -127,11 +114,11 @@ int dm_need_target(void)
 	if (known == 1)
 		return 0;
 	if (known < 0) {
-		ret = modprobe("dm-mod", message);
+		ret = load_module("dm-mod", message);
 		if (ret < 0)
 			return ret;
 	}
-	ret = modprobe(MODULE, message);
+	ret = load_module(MODULE, message);
 	if (ret < 0)
 		return ret;
 	known = target_known();

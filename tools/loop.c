@@ -21,15 +21,17 @@
 
 static int open_control(void)
 {
-	const char *argv[] = { "modprobe", "-q", "loop", NULL };
-	struct run modprobe = {
-		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
-	};
-	int fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+	char message[512];
+	int fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC), err = 0;
 
-	if (fd < 0 && run(&modprobe) == 0)
+	if (fd < 0)
+		err = load_module("loop", message);
+	if (err < 0)
+		return err;
+	if (fd < 0)
 		fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
-	return fd;
+	return fd >= 0 ? fd :
+	       fail(-ENOPKG, "this kernel has no loop devices (the module loop)");
 }
 
 /* Attaches @config's file to a free device, whoever else is looking for one too. */
@@ -119,7 +121,7 @@ int loop_attach(const char *path, char dev[PATH_MAX])
 	}
 	control = open_control();
 	if (control < 0) {
-		fd = fail(-ENOPKG, "this kernel has no loop devices (the module loop)");
+		fd = control;
 	} else {
 		fd = attach_free(control, &config, dev);
 		if (fd < 0 && fd != -EINTR)

@@ -126,21 +126,19 @@ int nbd_release(const char *mangled)
 
 static int need_module(void)
 {
-	const char *argv[] = { "modprobe", "-q", "nbd", NULL };
-	struct run modprobe = {
-		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
-	};
+	char message[512];
 	int err;
 
 	if (!access("/sys/module/nbd", F_OK))
 		return 0;
-	err = run(&modprobe);
+	err = load_module("nbd", message);
 	if (err < 0)
 		return err;
 	return err ? fail(-ENOPKG, "this kernel has no NBD client (the module nbd)") : 0;
 }
 
-static int parse(const char *text, struct nbd_uri *uri)
+/* Return: 0 and the parts of an address of a base, or -EINVAL with the message printed. */
+int nbd_check(const char *text, struct nbd_uri *uri)
 {
 	switch (-parse_nbd_uri(text, uri)) {
 	case 0:
@@ -216,7 +214,7 @@ int nbd_connect(const char *mangled, const char *text, int lock_fd, char dev[PAT
 	char *path = record_path(mangled);
 	struct record record = { .path = path, .dev = dev };
 	struct nbd_uri uri;
-	int err = parse(text, &uri), fd = -1;
+	int err = nbd_check(text, &uri), fd = -1;
 	char *absolute = err ? NULL : make_absolute(text, &uri);
 
 	record.uri = absolute ?: text;

@@ -25,20 +25,35 @@ static size_t utf8_length(const unsigned char *s)
 	return n;
 }
 
+/* The same, or 0 for a control: ASCII's, or those that UTF-8 puts at U+0080 to U+009F. */
+static size_t printable_length(const char *text)
+{
+	const unsigned char *s = (const unsigned char *)text;
+	bool control = *s < 0x20 || *s == 0x7f || (*s == 0xc2 && s[1] < 0xa0);
+
+	return control ? 0 : utf8_length(s);
+}
+
 /* Return: whether @text can be shown to people and put into JSON as it is. */
 bool printable(const char *text)
 {
-	const unsigned char *s = (const unsigned char *)text;
+	size_t n = 1;
 
-	while (*s) {
-		size_t n = utf8_length(s);
+	for (; *text && n; text += n)
+		n = printable_length(text);
+	return n;
+}
 
-		/* ASCII controls, and those that UTF-8 puts at U+0080 to U+009F */
-		if (!n || *s < 0x20 || *s == 0x7f || (*s == 0xc2 && s[1] < 0xa0))
-			return false;
-		s += n;
+/* Puts question marks where something cannot be shown. */
+void make_printable(char *text)
+{
+	for (size_t n; *text; text += n) {
+		n = printable_length(text);
+		if (!n) {
+			*text = '?';
+			n = 1;
+		}
 	}
-	return true;
 }
 
 /* Return: why @name cannot be the name of a device, or NULL when it can. */
@@ -601,7 +616,7 @@ const char *nearest(const char *word, const char *const *words)
 	for (; *words; words++) {
 		size_t d = distance(word, *words);
 
-		if (d < best && d < strlen(*words)) {
+		if (d < best && 2 * d <= strlen(*words)) {
 			best = d;
 			found = *words;
 		}

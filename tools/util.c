@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* What every layer needs: messages, small files, and programs run with a deadline. */
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -39,9 +38,7 @@ static void message(const char *fmt, va_list ap)
 
 	/* Names and paths may hold terminal controls; one line, nothing else. */
 	vsnprintf(text, sizeof(text), fmt, ap);
-	for (char *s = text; *s; s++)
-		if (iscntrl((unsigned char)*s))
-			*s = '?';
+	make_printable(text);
 	put_message(text);
 }
 
@@ -71,7 +68,7 @@ void warn(const char *fmt, ...)
  */
 void show_progress(uint64_t done, uint64_t total, int *shown)
 {
-	int percent = total ? 100.0 * done / total : 100;
+	int percent = done < total ? 100.0 * done / total : 100;
 	char have[16], want[16], bar[BAR_WIDTH + 1];
 	bool terminal = isatty(STDOUT_FILENO);
 
@@ -330,8 +327,8 @@ int open_stop_signals(void)
 }
 
 /*
- * main() blocks the signals that ask us to stop. They stay pending while the
- * command undoes its steps, and take effect when main() unblocks them.
+ * A command that has something to undo blocks the signals that ask us to stop, by
+ * lock_slot() or itself. They stay pending meanwhile; main() unblocks them.
  */
 bool interrupted(void)
 {
@@ -403,7 +400,7 @@ static int run_wait(struct run *run, int pid_fd, int err_fd)
 		int64_t left = end - now_ms();
 		ssize_t n;
 
-		if (left <= 0 || poll(fds, 3, left) <= 0) {
+		if (poll(fds, 3, left > 0 ? left : 0) <= 0) {
 			err = -ETIMEDOUT;
 			break;
 		}
@@ -451,7 +448,7 @@ static void reap(pid_t pid, int pid_fd, int wait_ms, int *status)
 {
 	struct pollfd end = { .fd = pid_fd, .events = POLLIN };
 
-	if (wait_ms >= 0 && poll(&end, 1, wait_ms) <= 0)
+	if (pid_fd >= 0 && wait_ms >= 0 && poll(&end, 1, wait_ms) <= 0)
 		return;
 	while (waitpid(pid, status, 0) < 0 && errno == EINTR)
 		;
@@ -461,7 +458,8 @@ static void reap(pid_t pid, int pid_fd, int wait_ms, int *status)
  * Calls @call in a process of its own, for it may hang: until it returns, a signal asks
  * us to stop, or @wait_ms, unless negative, are over.
  *
- * Return: what it returned, which is 0 or a -errno, -EINTR or -ETIMEDOUT.
+ * Return: what it returned, which is 0 or a -errno, or -EINTR, -ETIMEDOUT or another
+ * -errno of ours.
  */
 int call_apart(int (*call)(void *arg), void *arg, int wait_ms)
 {
@@ -475,9 +473,11 @@ int call_apart(int (*call)(void *arg), void *arg, int wait_ms)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		_exit(getppid() != self ? EIO : -call(arg));
 	}
-	fds[0].fd = pidfd_open(pid, 0);
 	fds[1].fd = open_stop_signals();
-	if (poll(fds, 2, wait_ms) <= 0)
+	fds[0].fd = pidfd_open(pid, 0);
+	if (fds[0].fd < 0)
+		err = -errno;
+	else if (poll(fds, 2, wait_ms) <= 0)
 		err = -ETIMEDOUT;
 	else if (!fds[0].revents)
 		err = -EINTR;
@@ -514,7 +514,7 @@ int run(struct run *run)
 		run_child(run, fds[1], self);
 	close(fds[1]);
 	pid_fd = pidfd_open(pid, 0);
-	err = run_wait(run, pid_fd, fds[0]);
+	err = pid_fd < 0 ? -errno : run_wait(run, pid_fd, fds[0]);
 	if (err)
 		kill(pid, SIGKILL);
 	reap(pid, pid_fd, err ? KILLED_MS : -1, &status);
@@ -522,9 +522,11 @@ int run(struct run *run)
 	close(fds[0]);
 	if (err == -EINTR)
 		return err;
-	if (err)
+	if (err == -ETIMEDOUT)
 		return fail(err, "%s did not finish within %d seconds", run->argv[0],
 			    run->timeout_ms / 1000);
+	if (err)
+		return fail(err, "cannot wait for %s: %s", run->argv[0], strerror(-err));
 	if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
 		return fail(-ENOPKG, "%s is not installed; it is in the package %s",
 			    run->argv[0], run->package);
@@ -533,4 +535,17 @@ int run(struct run *run)
 	snprintf(run->message, sizeof(run->message), "it was killed by signal %d",
 		 WTERMSIG(status));
 	return 128 + WTERMSIG(status);
+}
+
+/* Return: 0 where it is loaded now, as run() otherwise; what is said of it in @message. */
+int load_module(const char *name, char message[512])
+{
+	const char *argv[] = { "modprobe", "-q", name, NULL };
+	struct run modprobe = {
+		.argv = argv, .package = "kmod", .timeout_ms = 60000, .keep_fd = -1,
+	};
+	int ret = run(&modprobe);
+
+	memcpy(message, modprobe.message, sizeof(modprobe.message));
+	return ret;
 }

@@ -95,7 +95,8 @@ static int wait_for_freeze(pid_t pid)
 	bool stopping = false;
 	int status;
 
-	while (poll(fds, stopping ? 1 : 2, stopping ? LOOK_MS : -1) < 0 || !fds[0].revents) {
+	while (fds[0].fd >= 0 &&
+	       (poll(fds, stopping ? 1 : 2, stopping ? LOOK_MS : -1) < 0 || !fds[0].revents)) {
 		/* again and again, for it may not have come to its wait yet */
 		stopping = true;
 		kill(pid, SIGTERM);

@@ -111,7 +111,6 @@ static int run_command(const struct wait *wait, const struct cow *cow, const sig
 	setenv("COWCTL_NAME", cow->name, 1);
 	set_number("COWCTL_USED", cow->status.used_blocks);
 	set_number("COWCTL_LIMIT", cow->status.limit_blocks);
-	fflush(stdout);
 	dm_close();
 	sigprocmask(SIG_SETMASK, mask, NULL);
 	umask(wait->args->umask);
@@ -141,5 +140,8 @@ int cmd_wait(const struct args *args)
 	close(events);
 	if (!err && args->json)
 		print_json(describe(&cow));
+	/* The command takes our place before main() could look whether this was lost. */
+	if (!err && args->command && fflush(stdout))
+		err = fail(io_error(errno), "cannot write the output: %m");
 	return err || !args->command ? err : run_command(&wait, &cow, &mask);
 }

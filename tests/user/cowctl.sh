@@ -231,8 +231,13 @@ wants()
 wrong_arguments()
 {
 	wants 2 'no command cretae; did you mean create' cretae &&
-	wants 2 'no command xyz' xyz &&
+	wants 2 'no command xyz; see' xyz &&
+	wants 2 'no command foo; see' foo &&
+	wants 2 'no command ??31m; see' $'\xc2\x9b31m' &&
 	wants 2 'no command xyz' help xyz &&
+	wants 2 'one argument too many: x$' help create x &&
+	wants 2 'neither nbd:// nor nbd+unix://' create base=nbds://x &&
+	wants 2 'neither nbd:// nor nbd+unix://' serve base=nbds://x &&
 	wants 2 'no option --jsn' list --jsn &&
 	wants 2 'no option -x' -x list &&
 	wants 2 'no option -xj' list -xj &&
@@ -264,8 +269,8 @@ wrong_names()
 {
 	local command name
 
-	for command in create remove status wait changes map commit reset set prefetch rebase \
-			export unexport serve; do
+	for command in $(commands); do
+		[[ $command != @(help|list|top|diff|load) ]] || continue
 		for name in '' / a/b ../x 'a\b' . .. control $'a\nb' $'a\e[31m' $'\xff' $'\xc2\x9b' \
 			"$(printf %0128d 0)" "$(printf %032d 0 | tr 0 ' ')"; do
 			# what has a slash in it is a base to them
@@ -298,8 +303,8 @@ no_root()
 	dir=$(mktemp -d) || return
 	chmod 755 "$dir"
 	install -m 755 "$out/cowctl" "$dir"
-	for command in create remove list status top wait changes map diff load commit reset set \
-			prefetch rebase export unexport serve; do
+	for command in $(commands); do
+		[ "$command" != help ] || continue
 		setpriv --reuid=65534 --regid=65534 --clear-groups \
 			"$dir/cowctl" "$command" 2>"$out/stderr"
 		if [ $? != 5 ] || ! grep -q 'must be root' "$out/stderr"; then
