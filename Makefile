@@ -199,9 +199,9 @@ uninstall:
 packages := build-essential pkg-config kmod libdevmapper-dev libjson-c-dev libblkid-dev libnbd-dev \
 	libelf-dev xz-utils zstd pahole debian-archive-keyring qemu-system-x86 qemu-utils \
 	busybox-static nbdkit nbdkit-plugin-dev nbd-client libnbd-bin dmsetup e2fsprogs fdisk \
-	gdisk kpartx mmdebstrap uidmap
+	kpartx mmdebstrap uidmap
 check_packages := python3-docutils sparse shellcheck perl clang libclang-rt-dev nbd-server fio jq \
-	xfsprogs strace liburing-dev spin python3-libnbd python3-jsonschema procps xxd
+	gdisk strace liburing-dev spin python3-libnbd python3-jsonschema procps xxd
 
 # to build kernels
 debug_packages := flex bison bc
