@@ -353,6 +353,8 @@ ends_of_wait()
 
 hooks()
 {
+	local rc
+
 	two_copies
 	# shellcheck disable=SC2016 # the hook's own
 	is 'the environment' "$(cowctl wait test-c1 timeout=60 threshold=80% -- \
@@ -367,12 +369,19 @@ hooks()
 	says 8 'did not reach' cowctl wait test-c2 threshold=8K timeout=0 -- echo no
 	# Signals end the command as they would any other.
 	cowctl wait test-c2 threshold=4K -- sleep 60 &
-	wait_until 20 pgrep -x sleep
+	wait_until 20 grep -qx sleep "/proc/$!/comm"
 	is 'the signals that it holds back' "$(grep SigBlk "/proc/$!/status")" \
 		"$(grep SigBlk /proc/self/status)"
 	is 'its descriptors' "$(find "/proc/$!/fd" -lname '*mapper*')" ''
 	kill $!
-	wait $! || :
+	rc=0
+	wait $! || rc=$?
+	is 'its status' $rc 143
+	# Of what is lost nobody learns from the command.
+	rc=0
+	cowctl wait test-c2 threshold=4K --json -- touch "$work/ran" >/dev/full || rc=$?
+	is 'the status' $rc 1
+	test ! -e "$work/ran"
 }
 
 # Every report is as the schema has it, which has all members and no others.

@@ -95,7 +95,7 @@ shorter()
 	dmsetup load test-cow --table '0 32760 nbdcow /dev/ram0'
 	io $COW 'write 16380k 4k B'
 	fails dmsetup resume test-cow
-	kernel_log | grep -F 'is shorter than the changes'
+	kernel_log | grep -F 'the table is shorter than the changes'
 	reload test-cow 32768 /dev/ram0
 	io $COW 'size 32768s' 'check 16380k 4k B'
 }

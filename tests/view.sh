@@ -107,20 +107,20 @@ reset()
 
 several()
 {
-	local i
+	local i tags=.ABCD
 
 	fresh
 	for i in 1 2 3 4; do
-		io $COW "write 0 64k ${i/[0-9]/A}" "write ${i}M 64k B"
+		io $COW "write 0 64k ${tags:i:1}" "write ${i}M 64k E"
 		make_view "test-view$i"
 	done
-	io $COW 'write 0 32k C' 'discard 1M 128k' 'message test-cow reset' 'write 0 4M D'
+	io $COW 'write 0 32k F' 'discard 1M 128k' 'message test-cow reset' 'write 0 4M G'
 	for i in 1 2 3 4; do
-		io "/dev/mapper/test-view$i" 'check 0 64k A' "check ${i}M 64k B" \
+		io "/dev/mapper/test-view$i" "check 0 64k ${tags:i:1}" "check ${i}M 64k E" \
 			"check $((i + 1))M 64k ."
 	done
 	dmsetup wipe_table test-view2
-	io /dev/mapper/test-view3 'check 0 64k A' 'check 3M 64k B'
+	io /dev/mapper/test-view3 'check 0 64k C' 'check 3M 64k E'
 }
 
 # The copy may get other tables, but for longer ones, and go.
