@@ -231,7 +231,6 @@ merged_reads()
 # A base on an NBD server, of which another copy stays.
 start_server()
 {
-	rm -f "$work/socket"
 	start_nbdkit "$work/socket" -r file "$work/base4194304"
 }
 
@@ -315,7 +314,6 @@ hung_server_with_many_reads()
 	make_brd 1024
 	make_cow test-cow2 2048 "$REPLY"
 	make_loop_base 16777216
-	rm -f "$work/socket"
 	start_nbdkit "$work/socket" -r file "$work/base16777216"
 	pid=$(<"$work/socket.pid")
 	make_nbd "$work/socket"
@@ -336,7 +334,7 @@ hung_server_with_many_reads()
 
 many_reads()
 {
-	awk '$1 < 2000 { exit 1 }' "/sys/dev/block/$(stat -c %Hr:%Lr $COW)/inflight"
+	awk '$1 < 2000 { exit 1 }' "$(sysfs_of $COW)/inflight"
 }
 
 # A base that is suspended: what needs it waits, and then gets the right bytes.
@@ -472,11 +470,10 @@ shrunk()
 	io $COW 'is 2M CBBBBBBB' 'is 1M B.......' 'check 3M 4k A' 'check 3080k 4k 0'
 }
 
-# Not one that shrank, but another device.
 # A file system above would go on with the sectors that it knows.
 larger_sectors()
 {
-	local file large
+	local file
 
 	make_loop_base 4194304
 	file=$work/base4194304

@@ -26,7 +26,7 @@ fixture()
 # Both overlays are as new when the test ends, and the cache is empty.
 begin()
 {
-	undo io $COW "${MEND[@]}" "load test-cow 8192 nbdcow $GATE 1 cow_on_read" \
+	undo io $COW 'absent test-third' "${MEND[@]}" "load test-cow 8192 nbdcow $GATE 1 cow_on_read" \
 		'resume test-cow' 'message test-cow reset' 'message test-other reset' \
 		'message test-cow cache_limit none' "$DROP"
 	undo io $COW "$RELEASE"

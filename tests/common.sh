@@ -125,7 +125,8 @@ sysfs_of()
 {
 	local number
 
-	number=$(stat -c '%Hr:%Lr' "$1")
+	# where udev makes them, names are links
+	number=$(stat -Lc '%Hr:%Lr' "$1")
 	echo "/sys/dev/block/$number"
 }
 

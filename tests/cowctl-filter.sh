@@ -59,6 +59,7 @@ extents()
 large()
 {
 	begin make_file disk.img 8G
+	guard_sparse "$REPLY"
 	cowctl create test-cow base="$work/disk.img"
 	extents_are 2097152b
 	io $COW 'write 4294963200 8k A' 'write 8589930496 4k B' 'discard 1G 2G'

@@ -1392,10 +1392,13 @@ static int execute(char *text, int *want)
 {
 	char *words[WORDS + 1] = { NULL }, *save, *label = strdup(text);
 	int count = 0, ret = 0, flags = 0, first = 0;
+	char *w;
 
 	*want = 0;
-	for (char *w = strtok_r(text, " ", &save); w && count < WORDS; w = strtok_r(NULL, " ", &save))
+	for (w = strtok_r(text, " ", &save); w && count < WORDS; w = strtok_r(NULL, " ", &save))
 		words[count++] = w;
+	if (w)
+		die("too many words: %s", label);
 	if (count > 2 && !strcmp(words[0], "fails")) {
 		*want = -parse_errno(words[1]);
 		first = 2;

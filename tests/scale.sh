@@ -73,6 +73,16 @@ next_round()
 	is total_used "$(<$MODULE/parameters/total_used)" "$total_used_before"
 }
 
+# What is there when it has failed.
+remove_all()
+{
+	local name
+
+	for name in $(dmsetup ls --target nbdcow | grep -o '^test-scale[^[:space:]]*'); do
+		dmsetup remove --retry "$name"
+	done
+}
+
 many_devices()
 {
 	local first pid i
@@ -80,6 +90,7 @@ many_devices()
 	[ "$rounds" -ge 4 ] || fail 'needs four rounds'
 	undo rm -f "$work"/{now,second}
 	make_brd 1024
+	undo remove_all
 	coproc scale "$devices" "$rounds" /dev/ram0
 	pid=$COPROC_PID
 	next_round

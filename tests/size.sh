@@ -102,8 +102,10 @@ big()
 		writes+=("write $((offset + 512)) 512 A" "write $((offset + 4096)) 4k B")
 		after+=("is $offset .A......BBBBBBBB")
 	done
-	make_file base "$bytes"
-	file=$REPLY
+	# other file systems than a tmpfs may not have files so large
+	file=$(mktemp -p /dev/shm)
+	undo rm -f "$file"
+	truncate -s "$bytes" "$file"
 	make_loop "$file"
 	guard "$REPLY" "${fill[@]}"
 	make_cow test-cow $((bytes / 512)) "$REPLY"
