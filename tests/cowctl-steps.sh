@@ -5,9 +5,8 @@
 # middle, or meets another one, leaves something behind, or something that its next
 # run stumbles over.
 
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/cowctl-common.sh"
 
-run_dir=/run/cowctl
 COW=/dev/mapper/test-cow
 
 # The system calls that change something, or wait for another program ...
@@ -147,23 +146,6 @@ sweep()
 	return 0
 }
 
-# What bases hold.
-make_image_content()
-{
-	local loop
-
-	loop=$(losetup -f --show "$work/disk.img")
-	io "$loop" 'write 0 end .'
-	losetup -d "$loop"
-	image_sum=$(sha256sum <"$work/disk.img")
-	undo image_is_unchanged
-}
-
-image_is_unchanged()
-{
-	is 'the checksum of the image' "$(sha256sum <"$work/disk.img")" "$image_sum"
-}
-
 # $device, $image, $uri and $tcp: bases, of which all but the first take steps before
 # the copy is made
 make_bases()
@@ -172,9 +154,8 @@ make_bases()
 	need_module nbd
 	make_brd 1024
 	device=base=$REPLY
-	make_file disk.img 1M
-	make_image_content
-	image=base=$work/disk.img
+	make_image 1M
+	image=base=$REPLY
 	undo rm -f "$work"/{socket,socket.pid,tcp.pid}
 	start_nbdkit "$work/socket" -r file "$work/disk.img"
 	uri="base=nbd+unix:///?socket=$work/socket"
@@ -311,11 +292,11 @@ changed_copy()
 	for step in "${steps[@]}"; do
 		at "$step" "$1" cowctl rebase test-cow "$3" holes=false
 		if [ "$rc" != 0 ] && [ "$1" != signal=SIGKILL ]; then
-			is "base after '$(<"$work/output")'" "base=$(base)" "$2"
+			is "base after '$(<"$work/output")'" "base=$(member base test-cow)" "$2"
 			is_whole
 		fi
 		cowctl rebase test-cow "$3" holes=false
-		is base "base=$(base)" "$3"
+		is base "base=$(member base test-cow)" "$3"
 		is_whole
 		cowctl rebase test-cow "$2" holes=false
 	done
@@ -323,15 +304,11 @@ changed_copy()
 	nothing_left
 }
 
-base()
-{
-	cowctl status test-cow --json | jq -r .base
-}
-
 killed_rebase()
 {
 	make_bases
 	changed_copy signal=SIGKILL "$uri" "${uri/:\/\/\//:///other}"
+	changed_copy signal=SIGKILL "$image" "$tcp"
 }
 
 failed_rebase()
@@ -394,6 +371,7 @@ make_disk()
 	need cowctl strace kpartx sfdisk
 	make_file parted.img 4M
 	echo 'start=2048,size=2048' | sfdisk -q "$REPLY"
+	guard_sparse "$REPLY"
 	disk=base=$REPLY
 	undo sweep
 }
@@ -421,6 +399,23 @@ after_killed_set_partitions()
 	test ! -e /dev/mapper/test-cowp1
 }
 
+with_partitions()
+{
+	copy_of_disk
+	cowctl set test-cow partitions=true
+}
+
+after_killed_unset_partitions()
+{
+	after_kill 0 "$@"
+	test ! -e /dev/mapper/test-cowp1
+}
+
+served_copy()
+{
+	cowctl create test-cow "$disk" partitions=true cow-on-read="$work/switch"
+}
+
 killed_partitions()
 {
 	make_disk
@@ -428,8 +423,10 @@ killed_partitions()
 		cowctl create test-cow "$disk" partitions=true
 	disturb signal=SIGKILL copy_of_disk after_killed_set_partitions \
 		cowctl set test-cow partitions=true
+	disturb signal=SIGKILL with_partitions after_killed_unset_partitions \
+		cowctl set test-cow partitions=false
 	cowctl remove test-cow
-	nothing_left
+	disturb signal=SIGKILL served_copy after_killed_remove cowctl remove test-cow
 }
 
 #
@@ -477,7 +474,7 @@ after_killed_growth()
 after_killed_watch()
 {
 	after_kill 0 "$@"
-	is 'cow-on-read' "$(cowctl status test-cow --json | jq -r .cow_on_read)" "$work/switch"
+	is 'cow-on-read' "$(member cow_on_read test-cow)" "$work/switch"
 	cowctl set test-cow cow-on-read=false
 	not_exported
 }
@@ -489,10 +486,47 @@ after_killed_prefetch()
 	cowctl set test-cow cache=drop
 }
 
+slow_prefetch()
+{
+	cowctl prefetch test-cow rate=4K wait=false >/dev/null
+}
+
+after_killed_stop()
+{
+	after_kill 0 "$@"
+	is 'the prefetch' "$(member prefetch.state test-cow)" stopped
+	cowctl set test-cow cache=drop
+}
+
+copy_over_nbd()
+{
+	exists || create_over_nbd
+}
+
+after_killed_queue()
+{
+	after_kill 0 "$@"
+	is 'it connects anew' "$(member reconnects test-cow)" true
+	cowctl set test-cow on-base-error=error
+	is 'it connects anew' "$(member reconnects test-cow)" false
+}
+
+killed_reconnects()
+{
+	need jq
+	make_bases
+	disturb signal=SIGKILL copy_over_nbd after_killed_queue \
+		cowctl set test-cow on-base-error=queue
+	cowctl remove test-cow
+	disturb signal=SIGKILL : after_killed_create \
+		cowctl create test-cow "$uri" on-base-error=queue
+}
+
 killed_services()
 {
 	need jq
 	make_copy
+	disturb signal=SIGKILL slow_prefetch after_killed_stop cowctl prefetch test-cow stop
 	disturb signal=SIGKILL : after_killed_watch \
 		cowctl set test-cow "cow-on-read=$work/switch"
 	disturb signal=SIGKILL : after_killed_prefetch cowctl prefetch test-cow
@@ -763,6 +797,7 @@ run_tests \
 	killed_partitions 'partitions with create and set, killed and given again' \
 	killed_change 'set and reset, killed at each step and given again' \
 	killed_services 'set and prefetch of what goes on, killed and given again' \
+	killed_reconnects 'what connects the base anew, killed and given again' \
 	killed_copies 'map, diff, load and commit, killed at each step and given again' \
 	killed_export 'export, killed at each step and given again' \
 	killed_export_by_nbd_server 'export by nbd-server, killed and given again' \
