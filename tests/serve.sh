@@ -586,6 +586,40 @@ waits_in_kernel()
 	grep -qs blkdev_direct_IO /proc/"$(pgrep -x nbdkit -P "$server")"/task/*/stack
 }
 
+is_waiting()
+{
+	[ "$(member queued test-c2)" -gt 0 ]
+}
+
+end_waiting()
+{
+	[ ! -e /dev/mapper/test-c2 ] || cowctl set test-c2 on-base-error=error
+}
+
+# A copy that waits for its server, as the base of those of clients.
+waiting_base()
+{
+	local reader
+
+	need nbd-client
+	begin_serve serve_image 4M
+	cowctl create test-c2 base="$REPLY" on-base-error=queue
+	serve base=/dev/mapper/test-c2 per-client=true
+	kill_nbdkit "$work/socket" "$(member base_device test-c2)"
+	nbdsh -u "$uri" -c 'h.pwrite(b"A" * 4096, 1 << 20)
+image = open("'"$work/disk.img"'", "rb").read()
+assert h.pread(65536, 1 << 20) == b"A" * 4096 + image[(1 << 20) + 4096:][:61440]' &
+	reader=$!
+	undo end_waiting
+	wait_until 20 is_waiting
+	start_nbdkit "$work/socket" -r file "$work/disk.img"
+	wait $reader
+	kill "$server"
+	wait "$server"
+	cowctl remove test-c2
+	nothing_left
+}
+
 # The sockets of systemd, which are open already and come with the environment.
 activated()
 {
@@ -704,6 +738,7 @@ run_tests \
 	holes 'clients are told the holes of the base' \
 	slow_holes 'holes that are told late' \
 	hanging_base 'a base that does not answer' \
+	waiting_base 'a copy that waits for its server as the base' \
 	activated 'sockets from systemd' \
 	tcp 'a TCP port' \
 	interrupted_start 'Ctrl-C while it starts' \
