@@ -5,7 +5,6 @@
 KDIR ?= /lib/modules/$(shell uname -r)/build
 PREFIX ?= /usr/local
 CFLAGS ?= -O2 -g
-KERNELS ?= 6.1 6.12
 STOCK_KERNELS := 6.1 6.12 7.3
 DEBUG_KERNELS := debug kcsan
 
@@ -32,7 +31,7 @@ help:
 	@echo 'with sudo) and run in throw-away virtual machines with stock Debian kernels:'
 	@echo '  make demo            the whole story on a real disk image, in a few minutes'
 	@echo '  make check           all checks and tests; ends with "N passed, N failed"'
-	@echo '                       KERNELS="$(KERNELS)": the kernels to test on'
+	@echo '                       KERNELS="6.1 6.12": the kernels to test on'
 	@echo '                       TESTS="data limit": only these scripts of tests/'
 	@echo '  make check-kernels   the tests in virtual machines on each supported kernel'
 	@echo '  make check-debug     the same on kernels built to find faults (KASAN, KCSAN...);'
@@ -237,11 +236,11 @@ check: export LEFT_OUT = 6.1/cowctl 6.1/cowctl-filter 6.1/cowctl-steps 6.1/cowct
 check check-kernels check-debug: export ALL_KERNELS = $(STOCK_KERNELS) $(DEBUG_KERNELS)
 check: deps
 	$(Q)tests/run-tests
-check-kernels: export KERNELS = $(STOCK_KERNELS)
+check-kernels: export KERNELS ?= $(STOCK_KERNELS)
 check-kernels: export EVERY_STEP = 1
 check-kernels: deps
 	$(Q)tests/run-tests --table
-check-debug: export KERNELS = $(DEBUG_KERNELS)
+check-debug: export KERNELS ?= $(DEBUG_KERNELS)
 check-debug: debug-deps
 	$(Q)tests/run-tests --table
 FUZZ_SECONDS ?= 3600

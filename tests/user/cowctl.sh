@@ -20,16 +20,6 @@ flags=(-std=gnu11 -D_GNU_SOURCE -g -O1 -Wall -Wextra -Wshadow -Werror
 man=Documentation/cowctl.8.rst
 schema=Documentation/cowctl.schema.json
 
-# check TITLE COMMAND...
-check()
-{
-	local title=$1
-
-	shift
-	"$@" >"$out/log" 2>&1
-	result $? "$title" "$out/log"
-}
-
 build()
 {
 	"$CC" "${flags[@]}" -o "$out/cowctl" tools/!(nbdkit-*).c "${libraries[@]}" &&

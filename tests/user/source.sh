@@ -10,16 +10,6 @@
 in_user_space=PREFER_KERNEL_TYPES,PREFER_DEFINED_ATTRIBUTE_MACRO,ARRAY_SIZE,CAMELCASE
 in_user_space+=,STATIC_CONST_CHAR_ARRAY,EMBEDDED_FUNCTION_NAME
 
-# check TITLE COMMAND...
-check()
-{
-	local title=$1
-
-	shift
-	"$@" >"$out/log" 2>&1
-	result $? "$title" "$out/log"
-}
-
 # Everything anew: the compiler and sparse say each thing only once.
 build_module()
 {

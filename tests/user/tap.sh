@@ -33,6 +33,16 @@ result()
 	fi
 }
 
+# check TITLE COMMAND...
+check()
+{
+	local title=$1
+
+	shift
+	"$@" >"$out/log" 2>&1
+	result $? "$title" "$out/log"
+}
+
 skipped()
 {
 	tap_count=$((tap_count + 1))
