@@ -164,16 +164,12 @@ static struct page *usable_page(struct folio *folio, pgoff_t index)
 }
 
 /*
- * store_find() - find a block's page if it is in memory
- * @file: the file
- * @block: the block
+ * A block's page with a reference, if it is in memory, or NULL. @file is kept alive by
+ * RCU or a lock.
  *
  * The page may have been removed from the file by the time this returns, so
  * the caller looks at the block's state afterwards. Taking the reference is a
  * fully ordered atomic: that look cannot come too early.
- *
- * Context: any; @file is kept alive by RCU or a lock.
- * Return: the page with a reference, or NULL.
  */
 static struct page *store_find(struct file *file, u64 block)
 {

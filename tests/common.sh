@@ -171,6 +171,18 @@ make_file()
 	REPLY=$work/$1
 }
 
+# make_tmpfs NAME [OPTION...]: in $work
+make_tmpfs()
+{
+	local dir=$work/$1
+
+	shift
+	mkdir "$dir"
+	undo rmdir "$dir"
+	mount -t tmpfs "$@" tmpfs "$dir" || return
+	undo umount "$dir"
+}
+
 # make_loop FILE [OPTION...]
 make_loop()
 {

@@ -335,11 +335,6 @@ cannot_move()
 	image_is_unchanged
 }
 
-waiting()
-{
-	[ "$(member queued test-cow)" -ge "$1" ]
-}
-
 # The server dies, readers wait, and go on at another one.
 waits_for_a_base()
 {
@@ -392,12 +387,6 @@ reconnector()
 	[ -e "$file" ] || return 1
 	awk -v inode="$(stat -c %i "$file")" '$6 ~ ":" inode "$" { print $5; found = 1 }
 		END { exit !found }' /proc/locks
-}
-
-# Nobody waits for the base any more, whatever became of it.
-let_go()
-{
-	[ ! -e $COW ] || cowctl set test-cow on-base-error=error
 }
 
 # The server of the image, again.

@@ -61,6 +61,20 @@ idle()
 	! running_cowctls
 }
 
+# waiting N [NAME]: at least so many requests wait for the base
+waiting()
+{
+	[ "$(member queued "${2:-test-cow}")" -ge "$1" ]
+}
+
+# let_go [NAME]: nobody waits for the base any more, whatever became of it
+let_go()
+{
+	local name=${1:-test-cow}
+
+	[ ! -e "/dev/mapper/$name" ] || cowctl set "$name" on-base-error=error
+}
+
 # kill_nbdkit SOCKET DEVICE: the server dies, whoever is connected to it
 kill_nbdkit()
 {

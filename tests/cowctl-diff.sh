@@ -418,17 +418,6 @@ base_hangs()
 	all_gone
 }
 
-some_wait()
-{
-	[ "$(member queued test-cow)" -ge 1 ]
-}
-
-let_go()
-{
-	cowctl set test-cow on-base-error=error
-	sweep
-}
-
 # Those that wait in the kernel for the base to come back neither fail nor delay it.
 base_is_away()
 {
@@ -441,12 +430,13 @@ base_is_away()
 	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
 	dd if=$COW of=first bs=4k count=1 skip=100 iflag=direct status=none &
 	reader=$!
-	wait_until 10 some_wait
+	wait_until 10 waiting 1
 	cowctl diff test-cow a.qcow2
-	some_wait
+	waiting 1
 	all_gone
 	rm "$work/socket"
 	start_nbdkit "$work/socket" -r file "$work/disk.img"
+	undo sweep
 	undo let_go
 	cowctl rebase test-cow base="$BASE" force=true holes=false
 	wait $reader

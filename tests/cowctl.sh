@@ -185,10 +185,7 @@ tmpdir()
 	local odd
 
 	begin make_brd 1024
-	mkdir "$work/a b"
-	undo rmdir "$work/a b"
-	mount -t tmpfs -o size=64k tmpfs "$work/a b"
-	undo umount "$work/a b"
+	make_tmpfs 'a b' -o size=64k
 	TMPDIR="$work/a b" cowctl create test-cow base="$REPLY" limit=1M 2>&1 | tee "$work/stderr"
 	is 'what it said' "$(<"$work/stderr")" /dev/mapper/test-cow
 	is 'tmpfs' "$(member tmpfs test-cow)" "$work/a b"

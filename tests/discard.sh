@@ -70,11 +70,7 @@ huge_pages()
 	local -a writes=() discards=()
 	local i
 
-	mkdir "$work/tmpfs"
-	undo rmdir "$work/tmpfs"
-	mount -t tmpfs -o size=64m,huge=always none "$work/tmpfs" ||
-		skip 'this kernel has no huge pages in tmpfs'
-	undo umount "$work/tmpfs"
+	make_tmpfs tmpfs -o size=64m,huge=always || skip 'this kernel has no huge pages in tmpfs'
 	make_cow test-cow $((66 * 2048)) "$base" 2 tmpfs "$work/tmpfs"
 	for ((i = 1; i < 66; i += 4)); do
 		writes+=("write ${i}M 4k A" "write $((i * 1024 + 64))k 8k B")

@@ -262,15 +262,11 @@ swapped_out_when_full()
 {
 	local command
 
-	mkdir "$work/tmpfs"
-	undo rmdir "$work/tmpfs"
-	mount -t tmpfs -o size=128k tmpfs "$work/tmpfs"
-	undo umount "$work/tmpfs"
+	make_tmpfs tmpfs -o size=128k
 	make_swapped_cow test-cow 4096 /dev/ram0 /dev/ram1 2 tmpfs "$work/tmpfs"
 	io $COW 'write 0 128k B' "echo 128K $SWAPPED/memory.reclaim" 'fails ENOSPC write 256k 4k C'
 	status_is test-cow health=full
 	between 'bytes that are swapped out' "$(<$SWAPPED/memory.swap.current)" 65536 131072
-	knob space 0
 	workers_may_fail 1
 	undo workers_may_fail 0
 	for command in 'check 64k 4k B' 'write 68k 1k B'; do
@@ -306,7 +302,7 @@ viewed()
 		'after status test-cow used=0' 'faults message test-cow reset' 'absent test-view'
 }
 
-# make_view: of what is there, of which a half is overwritten then
+# make_view SECTORS: of what is there, of which a half is overwritten then
 make_view()
 {
 	make_dm test-view "0 $1 nbdcow-view $COW /dev/ram0" --readonly

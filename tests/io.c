@@ -1314,6 +1314,7 @@ static long fail_from(unsigned int kind, long from, char **words, int *ret)
 	tell_tasks(0);
 	close_tasks();
 	left = get_knob(space);
+	set_knob(space, 0);
 	close(space);
 	close(times);
 	return from + 1 - left;

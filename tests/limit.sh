@@ -258,10 +258,7 @@ messages()
 
 full_tmpfs()
 {
-	mkdir "$work/tmpfs"
-	undo rmdir "$work/tmpfs"
-	mount -t tmpfs -o size=64k tmpfs "$work/tmpfs"
-	undo umount "$work/tmpfs"
+	make_tmpfs tmpfs -o size=64k
 	make_cow test-cow 2048 "$base" 2 tmpfs "$work/tmpfs"
 	io /dev/mapper/test-cow 'write 0 64k A' 'fails ENOSPC write 64k 4k B' \
 		'fails ENOSPC write 68k 512 B' 'check 0 64k A' 'check 64k end .'

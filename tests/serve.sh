@@ -408,10 +408,7 @@ tmpdir()
 
 	begin_serve make_brd 4096
 	base=$REPLY
-	mkdir "$work/tmpfs"
-	undo rmdir "$work/tmpfs"
-	mount -t tmpfs -o size=768k tmpfs "$work/tmpfs"
-	undo umount "$work/tmpfs"
+	make_tmpfs tmpfs -o size=768k
 	TMPDIR=$work/tmpfs serve base="$base"
 	fill_tmpfs
 	is 'tmpfs' "$(member tmpfs "$(copies)")" "$work/tmpfs"
@@ -586,16 +583,6 @@ waits_in_kernel()
 	grep -qs blkdev_direct_IO /proc/"$(pgrep -x nbdkit -P "$server")"/task/*/stack
 }
 
-is_waiting()
-{
-	[ "$(member queued test-c2)" -gt 0 ]
-}
-
-end_waiting()
-{
-	[ ! -e /dev/mapper/test-c2 ] || cowctl set test-c2 on-base-error=error
-}
-
 # A copy that waits for its server, as the base of those of clients.
 waiting_base()
 {
@@ -610,8 +597,8 @@ waiting_base()
 image = open("'"$work/disk.img"'", "rb").read()
 assert h.pread(65536, 1 << 20) == b"A" * 4096 + image[(1 << 20) + 4096:][:61440]' &
 	reader=$!
-	undo end_waiting
-	wait_until 20 is_waiting
+	undo let_go test-c2
+	wait_until 20 waiting 1 test-c2
 	start_nbdkit "$work/socket" -r file "$work/disk.img"
 	wait $reader
 	kill "$server"

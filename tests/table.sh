@@ -32,10 +32,7 @@ accepts()
 
 accepts_the_grammar()
 {
-	mkdir "$work/tmpfs"
-	undo rmdir "$work/tmpfs"
-	mount -t tmpfs tmpfs "$work/tmpfs"
-	undo umount "$work/tmpfs"
+	make_tmpfs tmpfs
 
 	accepts "$dev" "$number 0"
 	accepts "$number" "$number 0"
@@ -159,10 +156,7 @@ tmpfs_with_odd_names()
 {
 	local dir=$'a b\\c%20\n\xc3\xbc' name=a%20b%5Cc%2520%0A%C3%BC line
 
-	mkdir "$work/$dir"
-	undo rmdir "$work/$dir"
-	mount -t tmpfs tmpfs "$work/$dir"
-	undo umount "$work/$dir"
+	make_tmpfs "$dir"
 	make_cow test-cow 2048 "$dev" 2 tmpfs "$work/${name,,}"
 	line="0 2048 nbdcow $number 2 tmpfs $work/$name"
 	is 'the table' "$(dmsetup table test-cow)" "$line"

@@ -495,11 +495,7 @@ int main(int argc, char **argv)
 		puts("cowctl " VERSION);
 	else
 		err = run_command(argv + optind, &args, want_help);
-	errno = 0;
-	/* or it was lost earlier, when somebody else has flushed it */
-	if ((fflush(stdout) || ferror(stdout)) && !err)
-		err = fail(io_error(errno), "cannot write the output: %s",
-			   errno ? strerror(errno) : "some of it is lost");
+	err = flush_output(err);
 	/* The signal was held back until all was undone; a success it does not undo. */
 	if (err == -EINTR) {
 		sigfillset(&all);

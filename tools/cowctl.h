@@ -183,6 +183,7 @@ void make_printable(char *text);
 void put_message(const char *text);
 int fail(int err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+int flush_output(int err);
 int io_error(int error);
 int write_all(int fd, const void *buf, size_t bytes, uint64_t offset);
 int exit_code(int err);
@@ -216,7 +217,7 @@ struct run {
 };
 
 int run(struct run *run);
-int load_module(const char *name, char message[512]);
+int load_module(const char *name, char *message);
 int call_apart(int (*call)(void *arg), void *arg, int wait_ms);
 int hold_file(int fd);
 bool still_held(int fd);

@@ -21,15 +21,14 @@
 
 static int open_control(void)
 {
-	char message[512];
-	int fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC), err = 0;
+	int fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC), err;
 
-	if (fd < 0)
-		err = load_module("loop", message);
+	if (fd >= 0)
+		return fd;
+	err = load_module("loop", NULL);
 	if (err < 0)
 		return err;
-	if (fd < 0)
-		fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+	fd = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
 	return fd >= 0 ? fd :
 	       fail(-ENOPKG, "this kernel has no loop devices (the module loop)");
 }

@@ -126,12 +126,11 @@ int nbd_release(const char *mangled)
 
 static int need_module(void)
 {
-	char message[512];
 	int err;
 
 	if (!access("/sys/module/nbd", F_OK))
 		return 0;
-	err = load_module("nbd", message);
+	err = load_module("nbd", NULL);
 	if (err < 0)
 		return err;
 	return err ? fail(-ENOPKG, "this kernel has no NBD client (the module nbd)") : 0;

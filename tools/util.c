@@ -94,6 +94,16 @@ void end_progress(int shown)
 	fflush(stdout);
 }
 
+/* Return: @err, or if it is 0 and output was lost, now or earlier, what fail() returns. */
+int flush_output(int err)
+{
+	errno = 0;
+	if ((fflush(stdout) || ferror(stdout)) && !err)
+		err = fail(io_error(errno), "cannot write the output: %s",
+			   errno ? strerror(errno) : "some of it is lost");
+	return err;
+}
+
 /* -@error of a system call, but none that exit_code() has a meaning of its own for. */
 int io_error(int error)
 {
@@ -537,8 +547,8 @@ int run(struct run *run)
 	return 128 + WTERMSIG(status);
 }
 
-/* Return: 0 where it is loaded now, as run() otherwise; what is said of it in @message. */
-int load_module(const char *name, char message[512])
+/* Return: 0 where it is loaded now, as run() otherwise; what is said in @message, if not NULL. */
+int load_module(const char *name, char *message)
 {
 	const char *argv[] = { "modprobe", "-q", name, NULL };
 	struct run modprobe = {
@@ -546,6 +556,7 @@ int load_module(const char *name, char message[512])
 	};
 	int ret = run(&modprobe);
 
-	memcpy(message, modprobe.message, sizeof(modprobe.message));
+	if (message)
+		memcpy(message, modprobe.message, sizeof(modprobe.message));
 	return ret;
 }

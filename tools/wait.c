@@ -141,7 +141,7 @@ int cmd_wait(const struct args *args)
 	if (!err && args->json)
 		print_json(describe(&cow));
 	/* The command takes our place before main() could look whether this was lost. */
-	if (!err && args->command && fflush(stdout))
-		err = fail(io_error(errno), "cannot write the output: %m");
+	if (args->command)
+		err = flush_output(err);
 	return err || !args->command ? err : run_command(&wait, &cow, &mask);
 }
