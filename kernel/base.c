@@ -905,7 +905,7 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 
 	mutex_lock(&bases_mutex);
 	list_for_each_entry(base, &bases, list) {
-		if (base->dev == bdev->bd_dev) {
+		if (base->bdev == bdev) {
 			kref_get(&base->kref);
 			goto out;
 		}
@@ -913,7 +913,7 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	base = kzalloc(sizeof(*base), GFP_KERNEL);
 	if (!base)
 		goto out;
-	base->dev = bdev->bd_dev;
+	base->bdev = bdev;
 	base->limit = NBDCOW_NO_LIMIT;
 	xa_init(&base->blocks);
 	mutex_init(&base->mutex);

@@ -114,7 +114,7 @@ enum nbdcow_level {
 
 /* What all overlays on one base device share; goes with the last of them. */
 struct nbdcow_base {
-	dev_t dev;		/* key, constant */
+	struct block_device *bdev; /* key, constant; open while there are users */
 	struct xarray blocks;	/* by block: a page, or a fetch under way */
 	atomic_long_t cached;	/* how many, of both */
 	atomic_long_t evicted;	/* dropped for want of room or memory */

@@ -566,6 +566,40 @@ all_is_freed()
 	between 'KiB that are missing' $((before - $(unused))) -262144 49152
 }
 
+# null_disk BYTE: the null_blk device of that number, filled with it; what was there is gone,
+# whoever has it open
+null_disk()
+{
+	local config=/sys/kernel/config/nullb/nullb0
+
+	[ ! -d $config ] || rmdir $config
+	mkdir $config
+	echo 4 >$config/size
+	echo 1 >$config/memory_backed
+	echo 1 >$config/power
+	REPLY=/dev/nullb0
+	wait_until 10 test -b $REPLY
+	io $REPLY "write 0 end $1"
+}
+
+# The next disk of its number is another one, also while the first is in use.
+same_number()
+{
+	need_module null_blk nr_devices=0
+	mount_configfs
+	undo rmmod null_blk
+	undo rmdir /sys/kernel/config/nullb/nullb0
+	null_disk A
+	make_cow test-third 8192 "$REPLY" 1 cow_on_read
+	io /dev/mapper/test-third 'check 0 64k A'
+	null_disk B
+	make_cow test-fourth 8192 "$REPLY" 1 cow_on_read
+	io /dev/mapper/test-fourth 'check 0 64k B'
+	io /dev/mapper/test-third 'check 0 64k A'
+	status_is test-third cached=16
+	status_is test-fourth cached=16
+}
+
 run_tests \
 	whole_write 'a block is written while it is read into the cache' \
 	partial_write 'a part of it is written meanwhile' \
@@ -598,4 +632,5 @@ run_tests \
 	busy 'a base that has no room for one more request' \
 	grown_base 'a base that grew between two overlays' \
 	holes_past_the_end 'holes past the end of the base' \
+	same_number 'a base that gets the number of one that was pulled out' \
 	all_is_freed 'all memory is free again'

@@ -96,6 +96,11 @@ need_module()
 	modprobe "$@" || skip "needs the kernel module $1"
 }
 
+mount_configfs()
+{
+	mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
+}
+
 # counted FILE NAME: a number there; first all CPUs, if they are many, tell what
 # they have counted.
 counted()

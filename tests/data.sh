@@ -92,7 +92,7 @@ make_scsi_disk()
 	need_module tcm_loop
 	need_module target_core_iblock
 	need_module sd_mod
-	mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
+	mount_configfs
 	[ -d $target/loopback ] || mkdir $target/loopback
 	mkdir -p $target/core/iblock_0/test
 	undo rmdir $target/core/iblock_0
