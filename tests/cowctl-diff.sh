@@ -939,6 +939,28 @@ not_attached()
 	! losetup -a | grep copy.img
 }
 
+# unfrozen COMMAND...: which makes no view, and so freezes nothing
+unfrozen()
+{
+	local rc=0
+
+	strace -qq -o "$work/trace" -e trace=ioctl "$@" || rc=$?
+	grep -q DM_TABLE_STATUS "$work/trace" || echo 'it did not look at the device'
+	! grep DM_DEV_CREATE "$work/trace" || echo 'it made a view'
+	return $rc
+}
+
+looks_first()
+{
+	need strace
+	begin_here make_image 1048576
+	cowctl create test-cow base="$BASE"
+	says 1 'cannot find' unfrozen cowctl commit test-cow to=/dev/none
+	says 4 'is the base of test-cow itself' unfrozen cowctl commit test-cow to="$BASE"
+	rm "$BASE"
+	says 1 'is not there; say backing=' unfrozen cowctl diff test-cow a.qcow2
+}
+
 run_tests \
 	round_trips 'diff and load' \
 	odd_tails 'a base that ends within a block' \
@@ -962,6 +984,7 @@ run_tests \
 	changing_image 'an image that somebody writes to' \
 	interrupted_load 'an interrupted load' \
 	partitions_come_back 'partitions, when it is interrupted' \
+	looks_first 'what is refused, before anything is frozen' \
 	commit_to_device 'commit to a device' \
 	commit_alone 'the base while it is written by commit' \
 	commit_to_file 'commit to a file' \

@@ -169,6 +169,42 @@ tmpfs_with_odd_names()
 	kernel_log | grep -F 'tmpfs cannot change'
 }
 
+# Whose lookup waits: that is the business of this device alone.
+tmpfs_on_a_file_system_that_hangs()
+{
+	local disk pid
+
+	need mkfs.ext4
+	need_module ext4
+	make_file disk 4194304
+	make_loop "$REPLY"
+	disk=$REPLY
+	mkfs.ext4 -q -O ^has_journal "$disk"
+	make_dm test-under "0 8192 linear $disk 0"
+	mkdir "$work/mnt"
+	undo rmdir "$work/mnt"
+	mount -t ext4 /dev/mapper/test-under "$work/mnt"
+	undo wait_until 10 umount "$work/mnt"
+	undo wait_until 10 dmsetup remove test-cow2
+	echo 3 >/proc/sys/vm/drop_caches
+	dmsetup suspend --nolockfs test-under
+	undo dmsetup resume test-under
+	dmsetup create test-cow --table "0 2048 nbdcow $dev 2 tmpfs $work/mnt/none" &
+	pid=$!
+	wait_until 10 asleep $pid
+	dmsetup create test-cow2 --table "0 2048 nbdcow $dev" &
+	wait_until 10 test ! -d /proc/$!
+	wait $!
+	dmsetup resume test-under
+	fails wait $pid
+}
+
+# asleep PID: it waits for a device
+asleep()
+{
+	grep -q '^State:.D' "/proc/$1/status"
+}
+
 # Else another line of the table could open the base for writing.
 alone_in_a_table()
 {
@@ -284,6 +320,7 @@ run_tests \
 	rejects_itself 'rejects a device as its own base' \
 	rejected_reload 'a rejected reload changes nothing' \
 	tmpfs_with_odd_names 'a tmpfs whose path has blanks and backslashes' \
+	tmpfs_on_a_file_system_that_hangs 'a tmpfs on a file system that hangs' \
 	alone_in_a_table 'rejects a table with other lines' \
 	rejected_tables_cost_nothing 'rejected tables leak nothing' \
 	module_stays_while_used 'the module cannot go while a device uses it' \
