@@ -132,7 +132,7 @@ ended()
 # The path is there or not; so is cow-on-read. Nothing of it outlives the copy.
 watched_path()
 {
-	local base flag="$work/a b/c"
+	local base flag="$work/a b/c" watches=/proc/sys/fs/inotify/max_user_watches
 
 	begin make_image 1M
 	base=$REPLY
@@ -152,6 +152,13 @@ watched_path()
 	wait_until 10 has_features test-cow 0
 	mv "$work/elsewhere" "$work/a b"
 	wait_until 10 has_features test-cow '1 cow_on_read'
+
+	# unless the kernel has no more room for that
+	undo eval "echo $(<$watches) >$watches"
+	echo 0 >$watches
+	says 1 "cannot watch $work/none: No space left" \
+		cowctl create test-cow2 base="$base" cow-on-read="$work/none"
+	echo 1000 >$watches
 
 	# as create finds it; and set replaces one by another, or by a word
 	cowctl create test-cow2 base="$base" cow-on-read="$flag"

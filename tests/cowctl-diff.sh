@@ -219,6 +219,34 @@ mounted()
 	says 4 'is mounted on' mounted_load
 }
 
+# The same on a partition; one whose device somebody has suspended stays so.
+mounted_partition()
+{
+	need kpartx sgdisk
+	begin_here
+	truncate -s 16M disk.img
+	sgdisk -n 1:1M:7M -n 2:8M:15M disk.img
+	cowctl create test-cow base=disk.img partitions=true
+	mkfs.ext2 -q ${COW}p1
+	mkdir mnt
+	mount ${COW}p1 mnt
+	undo unmount "$PWD/mnt"
+	dmsetup suspend test-cowp2
+	echo 'not synced' >mnt/file
+	cowctl diff test-cow a.qcow2
+	working test-cow
+	working test-cowp1
+	fails working test-cowp2
+	dmsetup resume test-cowp2
+	umount mnt
+	cowctl create test-c2 base=disk.img
+	cowctl load test-c2 a.qcow2
+	cowctl set test-c2 partitions=true
+	mount -o ro ${COW2}p1 mnt
+	is 'the file' "$(<mnt/file)" 'not synced'
+	umount mnt
+}
+
 mounted_load()
 {
 	cowctl reset test-c2
@@ -864,6 +892,9 @@ commit_to_file()
 	# with nowhere to say it
 	fails cowctl commit test-cow to=short.img 2>&-
 	cmp -n 2M short.img /dev/zero
+	exec 7<copy.img
+	says 4 'copy.img is in use by another program' cowctl commit test-cow to=copy.img
+	exec 7<&-
 	cowctl commit test-cow to=copy.img --json >report
 	is 'the report' "$(jq -c 'keys' report)" '["file","name","written","zeroed"]'
 	cmp copy.img $COW
@@ -968,6 +999,7 @@ run_tests \
 	zeroes_are_kept 'zeroes over data' \
 	diff_of_one_instant 'one instant of a device that is written' \
 	mounted 'a file system in use' \
+	mounted_partition 'a file system on a partition' \
 	two_at_once 'two diffs at once' \
 	no_room_for_it 'a disk that is full' \
 	interrupted 'SIGINT and SIGTERM' \

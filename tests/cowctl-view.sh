@@ -91,7 +91,7 @@ partitions()
 
 drawing()
 {
-	local rows
+	local rows sysctl=/proc/sys/fs/protected_symlinks
 
 	need python3
 	begin make_brd 4096
@@ -125,6 +125,14 @@ drawing()
 	is 'the file of the link' "$(<"$work/svg/other")" precious
 	is 'its mode' "$(stat -c '%F %a' "$work/svg/map.svg")" 'regular file 640'
 	is 'what is there' "$(ls "$work/svg")" "$(printf '%s\n' map.svg other)"
+	undo eval "echo $(<$sysctl) >$sysctl"
+	echo 1 >$sysctl
+	chmod 1777 "$work/svg"
+	ln -s other "$work/svg/link.svg"
+	chown -h nobody "$work/svg/link.svg"
+	cowctl map test-cow output="$work/svg/link.svg"
+	is 'the file of the link' "$(<"$work/svg/other")" precious
+	grep -c '<rect x=' "$work/svg/link.svg" | grep -x 24
 	cowctl map test-cow output=/dev/stdout | grep -c '<rect x=' | grep -x 24
 	# a file without a name
 	exec 7<>"$work/svg/other"

@@ -297,6 +297,7 @@ thresholds()
 	says 8 'test-c1 did not reach threshold=80% within 0 seconds' \
 		cowctl wait test-c1 threshold=80% timeout=0
 	says 8 'within 0.3 seconds' cowctl wait test-c1 threshold=1K timeout=0.3
+	says 8 'within 0 seconds' cowctl wait test-c1 threshold=18446744073709551615 timeout=0
 
 	# told by the kernel: a block less is not enough
 	io /dev/mapper/test-c1 'write 0 204k A'
@@ -316,6 +317,25 @@ thresholds()
 	cowctl set test-c1 limit=1M
 	waits test-c1 threshold=80%
 	cowctl set test-c1 limit=300K
+	ended 0
+}
+
+# All copies together are full; the health tells of the base.
+full_and_away()
+{
+	local param=$MODULE/parameters/total_limit
+
+	begin make_brd 1024
+	make_dm test-under '0 2048 linear /dev/ram0 0'
+	cowctl create test-c1 base="$REPLY" limit=256K
+	undo dmsetup remove --retry test-c1
+	undo eval "echo $(<$param) >$param"
+	echo 64K >$param
+	io /dev/mapper/test-c1 'write 0 64k A' 'load test-under 2048 error' 'resume test-under' \
+		'fails EIO check 128k 4k .'
+	is 'health' "$(member health test-c1)" base-error
+	waits test-c1 threshold=100%
+	io /dev/mapper/test-c1 'fails ENOSPC write 64k 4k A'
 	ended 0
 }
 
@@ -455,6 +475,7 @@ run_tests \
 	total_limits 'the limit of all copies together' \
 	many 'top of many copies' \
 	thresholds 'waiting for thresholds' \
+	full_and_away 'a copy that is full while its base is away' \
 	ends_of_wait 'the ends of waiting' \
 	hooks 'commands at a threshold' \
 	reports 'reports and their schema'

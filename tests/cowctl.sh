@@ -347,6 +347,19 @@ cannot_export()
 	cowctl export test-cow
 	is 'the number of servers' "$(pgrep -f "$run_dir/test-cow.pid" | wc -l)" 1
 
+	# nor what others call the same
+	cowctl unexport test-cow
+	undo rm -f "$work/nbdkit"
+	cp "$(command -v tail)" "$work/nbdkit"
+	chmod 4755 "$work/nbdkit"
+	chmod 755 "$work"
+	setpriv --reuid=nobody --clear-groups "$work/nbdkit" -f /dev/null $run_dir/test-cow.pid &
+	other=$!
+	wait_until 10 pgrep -x nbdkit
+	says 3 'is not exported' cowctl unexport test-cow
+	kill $other
+	cowctl export test-cow
+
 	# what listens where it did then is not its own
 	pkill -KILL -f "$run_dir/test-cow.pid"
 	wait_until 10 not pgrep -f "$run_dir/test-cow.pid"

@@ -362,19 +362,33 @@ static int settle(const struct cow *cow)
 	return nbd_release(cow->mangled) ?: nbd_rename(slot, cow->mangled);
 }
 
-/* Whether its first block can be read, and not only from memory. */
-bool can_be_read(int fd)
+/* And not only from memory. */
+static int read_first_block(void *arg)
 {
 	char block[BLOCK_BYTES];
+	int fd = *(int *)arg;
 
 	posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
 	posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-	return pread(fd, block, sizeof(block), 0) > 0;
+	return pread(fd, block, sizeof(block), 0) > 0 ? 0 : -EIO;
 }
 
-static int read_first_block(void *arg)
+static int read_base(void *arg)
 {
-	return can_be_read(*(int *)arg) ? 0 : -EIO;
+	const struct cow *cow = arg;
+	char *path = device_path(cow->table.major, cow->table.minor);
+	int fd = open(path, O_RDONLY | O_CLOEXEC), err = fd < 0 ? -errno : read_first_block(&fd);
+
+	if (fd >= 0)
+		close(fd);
+	free(path);
+	return err;
+}
+
+/* Whether the base of a device can be read now. */
+bool base_answers(const struct cow *cow)
+{
+	return !call_apart(read_base, (void *)cow, READ_MS);
 }
 
 static bool base_fails(const char *mangled)

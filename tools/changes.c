@@ -492,21 +492,24 @@ static void print_svg(FILE *f, const struct cow *cow, const struct drawing *draw
 }
 
 /*
- * The name of a file until it is whole, so that what it replaces is not lost; NULL for what
- * is written to as it is, because it is no file, or none with a name, as /dev/stdout may be.
+ * The name of a file until it is whole, so that what it replaces, *@real or else @path, is
+ * not lost; NULL for what is written to as it is, because it is no file, or none with a
+ * name, as /dev/stdout may be. A link that the kernel does not follow is replaced itself.
  */
-static char *part_name(const char *path, const char *real)
+static char *part_name(const char *path, char **real)
 {
 	struct stat st;
 
+	*real = NULL;
 	if (stat(path, &st))
 		return xasprintf("%s.cowctl-part", path);
-	return real && S_ISREG(st.st_mode) ? xasprintf("%s.cowctl-part", real) : NULL;
+	*real = realpath(path, NULL);
+	return *real && S_ISREG(st.st_mode) ? xasprintf("%s.cowctl-part", *real) : NULL;
 }
 
 static int write_svg(const char *path, const struct cow *cow, const struct drawing *drawing)
 {
-	char *real = realpath(path, NULL), *part = part_name(path, real);
+	char *real, *part = part_name(path, &real);
 	int fd, error;
 	sigset_t set;
 	FILE *f;

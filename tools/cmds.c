@@ -1129,29 +1129,62 @@ int cmd_status(const struct args *args)
 	return 0;
 }
 
-#define RESET_HINT ", or say force=true"
+#define RESET_HINT	", or say force=true"
+#define FLUSH_MS	30000
+
+static int fail_flush(const struct cow *cow, int err)
+{
+	return fail(err, "cannot empty the page cache of %s: %s", cow->path, strerror(-err));
+}
+
+struct flush {
+	int fd;
+	int lock;
+};
+
+static int flush(void *arg)
+{
+	const struct flush *flush = arg;
+
+	close(flush->lock);
+	return ioctl(flush->fd, BLKFLSBUF) ? -errno : 0;
+}
+
+/*
+ * Writes what is dirty in the page cache and empties it, in a process of its own that does
+ * not hold the lock: it may wait for the base, and who brings that back for the lock.
+ */
+static int flush_apart(const struct cow *cow, int fd, int lock)
+{
+	struct flush arg = { .fd = fd, .lock = lock };
+	int err = call_apart(flush, &arg, cow->table.queue_errors ? FLUSH_MS : -1);
+
+	if (err == -ETIMEDOUT)
+		return fail(-EBUSY, "what is to be written to %s waits for the base; %s",
+			    cow->name, "rebase it, or set on-base-error=error first");
+	return !err || err == -EINTR ? err : fail_flush(cow, err);
+}
 
 /*
  * The page cache is emptied before the reset, or what is dirty in it would be
  * written to the fresh overlay, and after it, or its readers would see old data.
  */
-int reset_device(const struct args *args, const struct cow *cow, bool force)
+static int reset_device(const struct args *args, const struct cow *cow, int lock, bool force)
 {
 	int fd = open(cow->path, O_RDONLY | O_CLOEXEC | (force ? 0 : O_EXCL)), err;
 
 	if (fd < 0)
 		return errno == EBUSY ? fail_busy(args, cow, RESET_HINT) :
 		       fail(-errno, "cannot open %s: %m", cow->path);
-	ioctl(fd, BLKFLSBUF);
-	err = dm_message(args, "reset");
+	err = flush_apart(cow, fd, lock) ?: dm_message(args, "reset");
 	if (!err && ioctl(fd, BLKFLSBUF))
-		err = fail(-errno, "cannot empty the page cache of %s: %m", cow->path);
+		err = fail_flush(cow, -errno);
 	close(fd);
 	return err;
 }
 
 /* Partitions that nobody uses are taken away meanwhile, and looked for again. */
-static int reset_locked(const struct args *args, bool force)
+static int reset_locked(const struct args *args, int lock, bool force)
 {
 	struct cow cow;
 	int err = find_cow(args, &cow), n;
@@ -1164,7 +1197,7 @@ static int reset_locked(const struct args *args, bool force)
 	if (n && !force)
 		err = parts_unmap(cow.path);
 	if (!err)
-		err = reset_device(args, &cow, force);
+		err = reset_device(args, &cow, lock, force);
 	return n ? parts_renew(&cow, "reset", err) : err;
 }
 
@@ -1178,7 +1211,7 @@ int cmd_reset(const struct args *args)
 	lock = lock_name(args);
 	if (lock < 0)
 		return lock;
-	err = reset_locked(args, force);
+	err = reset_locked(args, lock, force);
 	close(lock);
 	return err;
 }

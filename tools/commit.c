@@ -218,8 +218,12 @@ static int open_file(struct commit *commit, const struct cow *cow)
 	err = check_base_file(commit, base);
 	if (err)
 		return err;
-	/* A virtual machine that has it locks some of it; file systems need not know locks. */
-	if (fcntl(commit->fd, F_OFD_SETLK, &whole) && (errno == EAGAIN || errno == EACCES))
+	/*
+	 * A loop device has the base open. A virtual machine locks some of what it has; a file
+	 * system need not know locks, or leases.
+	 */
+	if ((!commit->onto_base && has_other_users(commit->fd)) ||
+	    (fcntl(commit->fd, F_OFD_SETLK, &whole) && (errno == EAGAIN || errno == EACCES)))
 		return fail(-EBUSY, "%s is in use by another program", commit->path);
 	commit->bytes = commit->st.st_size;
 	return 0;

@@ -220,6 +220,7 @@ int run(struct run *run);
 int load_module(const char *name, char *message);
 int call_apart(int (*call)(void *arg), void *arg, int wait_ms);
 int hold_file(int fd);
+bool has_other_users(int fd);
 bool still_held(int fd);
 int64_t now_ms(void);
 
@@ -345,7 +346,7 @@ struct listen {
 int listen_parse(const struct args *args, struct listen *listen);
 int listen_check(const struct listen *listen);
 int write_run_file(const char *slot, const char *suffix, const char *text);
-void clear_away(const char *slot);
+int clear_away(const char *slot);
 int find_plugin(bool needed, char **plugin);
 
 /* cmds.c: what commands have in common */
@@ -400,11 +401,10 @@ char *base_source(const struct cow *cow);
 int fail_busy(const struct args *args, const struct cow *cow, const char *hint);
 int check_parts_closed(const struct cow *cow, const char *hint);
 int check_closed(const struct args *args, const struct cow *cow, const char *hint);
-int reset_device(const struct args *args, const struct cow *cow, bool force);
 
 /* change.c: what a process in the background does, too */
 
-bool can_be_read(int fd);
+bool base_answers(const struct cow *cow);
 int rebase_again(const struct cow *was, const char *text, int lock, bool holes);
 
 /* changes.c: what differs from the base */

@@ -432,7 +432,7 @@ static int load_device(struct load *load)
 		err = copy_in(load);
 		/* What has been loaded is no use, and there was nothing before. */
 		if (err)
-			reset_device(load->args, &load->cow, true);
+			dm_message(load->args, "reset");
 	}
 	ioctl(load->fd, BLKFLSBUF);
 	close(load->fd);

@@ -39,23 +39,33 @@ static void remove_file(const char *mangled, const char *suffix)
 	free(path);
 }
 
-/* Return: whether process @pid is a server that was given @pid_file. */
-static bool runs_server(const char *pid, const char *pid_file)
+/* What the kernel tells of process @pid. Return: how many bytes, before a NUL; 0: none. */
+static size_t read_proc(const char *pid, const char *what, char *buf, size_t size)
 {
-	char *path = xasprintf("/proc/%s/cmdline", pid);
+	char *path = xasprintf("/proc/%s/%s", pid, what);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	char args[16384];
-	ssize_t n = fd < 0 ? 0 : read(fd, args, sizeof(args) - 1);
-	struct stat st;
-	bool ours = fd >= 0 && !fstat(fd, &st) && st.st_uid == 0;
+	ssize_t n = fd < 0 ? 0 : read(fd, buf, size - 1);
 
 	if (fd >= 0)
 		close(fd);
 	free(path);
-	if (n <= 0 || !ours)
-		return false;
-	args[n] = '\0';
-	return is_server(args, n, pid_file);
+	n = n < 0 ? 0 : n;
+	buf[n] = '\0';
+	return n;
+}
+
+/*
+ * Return: whether process @pid is a server that was given @pid_file. It has to be root's by
+ * its real user: anybody can start a set-uid program by any name.
+ */
+static bool runs_server(const char *pid, const char *pid_file)
+{
+	static const char mark[] = "\nUid:\t0\t";
+	char text[16384];
+	size_t n = read_proc(pid, "cmdline", text, sizeof(text));
+
+	return is_server(text, n, pid_file) && read_proc(pid, "status", text, sizeof(text)) &&
+	       strstr(text, mark);
 }
 
 /* Opens up to @max of the server's processes. Return: how many there are. */
@@ -113,12 +123,13 @@ int export_find(const char *mangled, struct export *export)
 	return err || parse_export_record(text, export) || !server_runs(mangled) ? -ENOENT : 0;
 }
 
-static void wait_for_end(int fd, int64_t deadline)
+/* Return: whether it has ended. */
+static bool wait_for_end(int fd, int64_t deadline)
 {
 	struct pollfd end = { .fd = fd, .events = POLLIN };
 	int64_t left = deadline - now_ms();
 
-	poll(&end, 1, left > 0 ? left : 0);
+	return poll(&end, 1, left > 0 ? left : 0) > 0;
 }
 
 /* Connects to the server, or binds where it shall listen. Return: 0, -errno. */
@@ -169,21 +180,27 @@ static int remove_socket(const char *path)
 	return unlink(path) ? -errno : 0;
 }
 
-/* Stops the server and removes its files; tolerates that any of it is missing. */
-void clear_away(const char *mangled)
+/*
+ * Stops the server and removes its files; tolerates that any of it is missing. Return: 0, or
+ * -EBUSY when it cannot end, for it waits in the kernel.
+ */
+int clear_away(const char *mangled)
 {
 	int fds[256], n = find_server(mangled, fds, 256);
 	int64_t deadline = now_ms() + STOP_MS;
 	char *path, text[PATH_MAX];
+	bool ended = true;
 
 	for (int i = 0; i < n; i++)
 		pidfd_send_signal(fds[i], SIGTERM, NULL, 0);
 	for (int i = 0; i < n; i++) {
 		wait_for_end(fds[i], deadline);
 		pidfd_send_signal(fds[i], SIGKILL, NULL, 0);
-		wait_for_end(fds[i], now_ms() + STOP_MS);
+		ended = wait_for_end(fds[i], now_ms() + STOP_MS) && ended;
 		close(fds[i]);
 	}
+	if (!ended)
+		return -EBUSY;
 	/* The socket's path stands in a file of its own, written before it is made. */
 	path = run_path(mangled, "socket");
 	if (!read_line(path, text, sizeof(text)))
@@ -194,6 +211,7 @@ void clear_away(const char *mangled)
 	remove_file(mangled, "pid");
 	/* Last, so that whoever is killed before can be asked to do it again. */
 	remove_file(mangled, "export");
+	return 0;
 }
 
 /* Refuses what is taken, before a server that says little about it does. */
@@ -260,7 +278,8 @@ int listen_parse(const struct args *args, struct listen *listen)
 	free(full);
 	if (!err)
 		err = percent_encode(listen->socket, quoted, sizeof(quoted));
-	snprintf(listen->uri, sizeof(listen->uri), "nbd+unix:///?socket=%s", quoted);
+	if (!err)
+		snprintf(listen->uri, sizeof(listen->uri), "nbd+unix:///?socket=%s", quoted);
 	return err;
 }
 
@@ -421,6 +440,13 @@ static int choose_server(const struct args *args, const char **server, char **pl
 	return 0;
 }
 
+static int stop(const char *mangled, const char *name)
+{
+	return clear_away(mangled) ?
+	       fail(-EBUSY, "the server of %s waits for the base; it ends when that is back or fails",
+		    name) : 0;
+}
+
 static int start(const struct cow *cow, const struct args *args, const char *server,
 		 const char *plugin)
 {
@@ -431,8 +457,7 @@ static int start(const struct cow *cow, const struct args *args, const char *ser
 
 	if (!export_find(cow->mangled, &export))
 		return fail(-EEXIST, "%s is already exported at %s", cow->name, export.uri);
-	clear_away(cow->mangled);
-	err = listen_parse(args, &listen);
+	err = stop(cow->mangled, cow->name) ?: listen_parse(args, &listen);
 	if (!err)
 		err = listen_check(&listen);
 	if (!err && listen.socket[0])
@@ -495,8 +520,9 @@ int export_stop(const char *mangled, const char *name)
 {
 	char *path = run_path(mangled, "export");
 	bool known = !access(path, F_OK) || server_runs(mangled);
+	int err;
 
 	free(path);
-	clear_away(mangled);
-	return known ? 0 : fail(-ENODEV, "%s is not exported", name);
+	err = stop(mangled, name);
+	return known || err ? err : fail(-ENODEV, "%s is not exported", name);
 }

@@ -345,7 +345,9 @@ static int find_device(struct cow *cow)
 		err = dm_find(mangled, cow);
 	if (!err && cow->state == COW_LIVE)
 		return 0;
-	nbdkit_error("there is no device %s; \"cowctl list\" shows those there are", config.name);
+	if (!err || err == -ENODEV)
+		nbdkit_error("there is no device %s; \"cowctl list\" shows those there are",
+			     config.name);
 	return -1;
 }
 

@@ -79,22 +79,10 @@ static bool server_is_there(const struct nbd_uri *uri)
 }
 
 /*
- * A server that cannot read some of its blocks answers the same way over another
- * connection, for which the cache would be given up again and again.
+ * Whoever has the lock, or what fails, is left alone until the next time. A server that
+ * cannot read some of its blocks answers the same way over another connection, for which
+ * the cache would be given up again and again.
  */
-static bool is_connected(const struct cow *cow)
-{
-	char *path = device_path(cow->table.major, cow->table.minor);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	bool connected = fd >= 0 && can_be_read(fd);
-
-	if (fd >= 0)
-		close(fd);
-	free(path);
-	return connected;
-}
-
-/* Whoever has the lock, or what fails, is left alone until the next time. */
 static void try(const struct reconnect *reconnect, const struct cow *cow)
 {
 	char *source = base_source(cow);
@@ -102,7 +90,7 @@ static void try(const struct reconnect *reconnect, const struct cow *cow)
 	sigset_t set;
 	int lock;
 
-	if (!parse_nbd_uri(source, &uri) && server_is_there(&uri) && !is_connected(cow)) {
+	if (!parse_nbd_uri(source, &uri) && server_is_there(&uri) && !base_answers(cow)) {
 		lock = lock_slot(cow->mangled, LOCK_TRY);
 		if (lock >= 0) {
 			rebase_again(cow, source, lock, reconnect->holes);

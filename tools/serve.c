@@ -324,6 +324,14 @@ static int serve(struct server *server)
 	return err;
 }
 
+/* This one, or what a serve that was killed has left. */
+static int stop_server(const struct server *server)
+{
+	return clear_away(server->slot) ?
+	       fail(-EBUSY, "nbdkit waits for base %s; it ends when that is back or fails",
+		    server->args->value[KEY_BASE]) : 0;
+}
+
 static int prepare(struct server *server, int lock)
 {
 	const struct args *args = server->args;
@@ -332,9 +340,8 @@ static int prepare(struct server *server, int lock)
 
 	if (err)
 		return err;
-	clear_away(server->slot);
 	dm_server_sweep();
-	err = nbd_release(server->slot);
+	err = stop_server(server) ?: nbd_release(server->slot);
 	if (!err && !server->fds)
 		err = listen_parse(args, &server->listen) ?: listen_check(&server->listen);
 	if (!err)
@@ -370,7 +377,7 @@ int cmd_serve(const struct args *args)
 	err = prepare(&server, lock);
 	if (!err)
 		err = serve(&server);
-	clear_away(server.slot);
+	err = stop_server(&server) ?: err;
 	holes_stop(server.slot);
 	if (server.keeper_fd >= 0)
 		close(server.keeper_fd);

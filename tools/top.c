@@ -563,7 +563,7 @@ static int show(struct top *top)
 	else
 		add_lines(top, sorted);
 	free(sorted);
-	return fflush(stdout) ? fail(-errno, "cannot write the output: %m") : 0;
+	return fflush(stdout) ? fail(io_error(errno), "cannot write the output: %m") : 0;
 }
 
 /*

@@ -432,19 +432,33 @@ static int run_wait(struct run *run, int pid_fd, int err_fd)
 	return err;
 }
 
+static int take_lease(int fd, int type)
+{
+	sigset_t set;
+
+	/* It tells that somebody wants to open it, who is made to wait for some time. */
+	sigemptyset(&set);
+	sigaddset(&set, SIGIO);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	return !fcntl(fd, F_SETLEASE, type) ? 0 : errno == EAGAIN ? -EBUSY : -errno;
+}
+
 /*
  * Sees to it that nobody writes to a file, if its file system can tell.
  * Return: 0 then, -EBUSY if somebody has it open for that, or another -errno.
  */
 int hold_file(int fd)
 {
-	sigset_t set;
+	return take_lease(fd, F_RDLCK);
+}
 
-	/* It tells that somebody wants to, who is made to wait for some time. */
-	sigemptyset(&set);
-	sigaddset(&set, SIGIO);
-	sigprocmask(SIG_BLOCK, &set, NULL);
-	return !fcntl(fd, F_SETLEASE, F_RDLCK) ? 0 : errno == EAGAIN ? -EBUSY : -errno;
+/* Return: whether somebody else has a file open, as far as its file system can tell. */
+bool has_other_users(int fd)
+{
+	int err = take_lease(fd, F_WRLCK);
+
+	fcntl(fd, F_SETLEASE, F_UNLCK);
+	return err == -EBUSY;
 }
 
 /* Whether nobody has opened a file for writing since hold_file() returned 0. */

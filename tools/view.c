@@ -50,38 +50,70 @@ static void only_interrupts(int signal)
 	(void)signal;
 }
 
+/* Devices that are to be quiet: those of the partitions, and last the whole. */
+struct quiet {
+	dev_t dev;
+	bool suspended;			/* by us */
+};
+
+/* Return: 0 or an errno. One that somebody else has suspended stays so. */
+static int make_quiet(int control, struct quiet *quiet)
+{
+	struct dm_ioctl request;
+
+	about(&request, quiet->dev, 0);
+	if (ioctl(control, DM_DEV_STATUS, &request))
+		return errno;
+	if (request.flags & DM_SUSPEND_FLAG)
+		return 0;
+	about(&request, quiet->dev, DM_SUSPEND_FLAG);
+	if (ioctl(control, DM_DEV_SUSPEND, &request))
+		return errno;
+	quiet->suspended = true;
+	return 0;
+}
+
+static void resume(int control, dev_t dev)
+{
+	struct dm_ioctl request;
+	int tries = 0;
+
+	do
+		about(&request, dev, 0);
+	while (ioctl(control, DM_DEV_SUSPEND, &request) && ++tries < RESUME_TRIES);
+}
+
 /*
  * The child. All its memory is there before it begins: the device may be what the
  * machine swaps to, or runs from. The only signal that reaches it ends its wait for
  * the device to become quiet.
  */
 static void __attribute__((noreturn))
-freeze(int control, dev_t live, dev_t view, bool quiet)
+freeze(int control, struct quiet *quiet, int n, dev_t view)
 {
 	struct sigaction action = { .sa_handler = only_interrupts };
-	struct dm_ioctl look, suspend, show, resume;
+	struct dm_ioctl show;
+	int err = 0, i;
 	sigset_t set;
-	int err = 0;
 
 	sigaction(SIGTERM, &action, NULL);
 	sigfillset(&set);
 	sigdelset(&set, SIGTERM);
 	sigprocmask(SIG_SETMASK, &set, NULL);
-	about(&look, live, 0);
-	about(&suspend, live, DM_SUSPEND_FLAG);
-	about(&show, view, 0);
-	about(&resume, live, 0);
 	if (mlockall(MCL_CURRENT))
 		_exit(errno);
-	/* One that somebody else has suspended stays so. */
-	if (quiet && !ioctl(control, DM_DEV_STATUS, &look))
-		quiet = !(look.flags & DM_SUSPEND_FLAG);
-	if (quiet && ioctl(control, DM_DEV_SUSPEND, &suspend))
-		_exit(errno);
-	if (ioctl(control, DM_DEV_SUSPEND, &show))
+	for (i = 0; i < n && !err; i++) {
+		err = make_quiet(control, &quiet[i]);
+		/* The device of a partition may have gone. */
+		if (err == ENXIO && i < n - 1)
+			err = 0;
+	}
+	about(&show, view, 0);
+	if (!err && ioctl(control, DM_DEV_SUSPEND, &show))
 		err = errno;
-	for (int i = 0; quiet && i < RESUME_TRIES && ioctl(control, DM_DEV_SUSPEND, &resume); i++)
-		;
+	while (i--)
+		if (quiet[i].suspended)
+			resume(control, quiet[i].dev);
 	_exit(err);
 }
 
@@ -107,27 +139,50 @@ static int wait_for_freeze(pid_t pid)
 	return WIFEXITED(status) ? -WEXITSTATUS(status) : -ECHILD;
 }
 
+/* Return: how many devices are to be quiet, in *@list (to be freed). */
+static int list_quiet(const struct cow *cow, struct quiet **list)
+{
+	struct part *parts;
+	int n = 0, nr_parts;
+
+	*list = NULL;
+	/* Reads that wait for the base, or would, fail when the device is suspended. */
+	if (cow->status.queued || (cow->table.queue_errors && !base_answers(cow)))
+		return 0;
+	nr_parts = parts_find(cow, &parts);
+	*list = calloc(nr_parts + 1, sizeof(**list));
+	for (; *list && n < nr_parts; n++)
+		(*list)[n].dev = makedev(parts[n].major, parts[n].minor);
+	if (*list)
+		(*list)[n++].dev = makedev(cow->major, cow->minor);
+	free(parts);
+	return *list ? n : -ENOMEM;
+}
+
 static int freeze_view(const struct view *view)
 {
 	const struct cow *cow = &view->cow;
-	int control = dm_events(), err;
-	struct dm_ioctl resume;
+	int control = dm_events(), err, n;
+	struct quiet *quiet;
 	pid_t pid;
 
 	if (control < 0)
 		return control;
+	n = list_quiet(cow, &quiet);
+	if (n < 0) {
+		close(control);
+		return n;
+	}
 	/* A table that was left would come into force with the resume. */
 	dm_clear(cow->mangled);
 	pid = fork();
-	/* Reads that wait for the base would fail when the device is suspended. */
 	if (!pid)
-		freeze(control, makedev(cow->major, cow->minor), view->dev, !cow->status.queued);
+		freeze(control, quiet, n, view->dev);
 	err = pid < 0 ? -errno : wait_for_freeze(pid);
-	if (err == -ECHILD) {
-		/* it was killed */
-		about(&resume, makedev(cow->major, cow->minor), 0);
-		ioctl(control, DM_DEV_SUSPEND, &resume);
-	}
+	/* if it was killed */
+	while (err == -ECHILD && n--)
+		resume(control, quiet[n].dev);
+	free(quiet);
 	close(control);
 	return err;
 }

@@ -23,6 +23,7 @@ struct wait {
 	unsigned int percent;		/* of the limit; 0: not so */
 	uint64_t bytes;
 	uint64_t timeout_ms;
+	uint64_t refused;		/* writes, before */
 	char uuid[NAME_BYTES + 2];
 };
 
@@ -45,12 +46,16 @@ static int parse(const struct args *args, struct wait *wait)
 	return parse_time(args, KEY_TIMEOUT, 0, &wait->timeout_ms);
 }
 
-/* A device that is full, of which something else is the limit, cannot be used further. */
+/*
+ * A device that is full, of which something else is the limit, cannot be used further. Its
+ * health may tell of the base instead.
+ */
 static bool reached(const struct wait *wait, const struct cow_status *status)
 {
 	if (!wait->percent)
-		return status->used_blocks >= (wait->bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
-	return !strcmp(status->health, "full") ||
+		return status->used_blocks >= wait->bytes / BLOCK_BYTES +
+					      !!(wait->bytes % BLOCK_BYTES);
+	return !strcmp(status->health, "full") || status->writes_refused > wait->refused ||
 	       (double)status->used_blocks * 100 >=
 	       (double)status->limit_blocks * wait->percent;
 }
@@ -129,6 +134,7 @@ int cmd_wait(const struct args *args)
 	if (err)
 		return err;
 	memcpy(wait.uuid, cow.uuid, sizeof(wait.uuid));
+	wait.refused = cow.status.writes_refused;
 	events = dm_events();
 	if (events < 0)
 		return fail(events, "cannot wait for device-mapper: %s", strerror(-events));

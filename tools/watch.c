@@ -81,6 +81,8 @@ static void work(void *arg, int ready_fd)
 		err = dm_arm_events(events);
 		drain(watch->inotify);
 		watch_path(watch);
+		if (watch->wd < 0)
+			err = -ENOSPC;
 		exists = !access(watch->path, F_OK);
 		if (!err && exists != state)
 			err = dm_send(watch->uuid, exists ? "cow_on_read on" : "cow_on_read off");
