@@ -443,7 +443,7 @@ static int choose_server(const struct args *args, const char **server, char **pl
 static int stop(const char *mangled, const char *name)
 {
 	return clear_away(mangled) ?
-	       fail(-EBUSY, "the server of %s waits for the base; it ends when that is back or fails",
+	       fail(-EBUSY, "the server of %s waits for the base, and ends when that is back",
 		    name) : 0;
 }
 
