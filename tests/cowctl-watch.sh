@@ -328,7 +328,7 @@ full_and_away()
 	begin make_brd 1024
 	make_dm test-under '0 2048 linear /dev/ram0 0'
 	cowctl create test-c1 base="$REPLY" limit=256K
-	undo dmsetup remove --retry test-c1
+	undo sweep
 	undo eval "echo $(<$param) >$param"
 	echo 64K >$param
 	io /dev/mapper/test-c1 'write 0 64k A' 'load test-under 2048 error' 'resume test-under' \

@@ -314,6 +314,8 @@ clients_write()
 
 cannot_export()
 {
+	local other
+
 	need nbdkit nbd-server
 	begin make_brd 1024
 	cowctl create test-cow base="$REPLY"
@@ -355,6 +357,7 @@ cannot_export()
 	chmod 755 "$work"
 	setpriv --reuid=nobody --clear-groups "$work/nbdkit" -f /dev/null $run_dir/test-cow.pid &
 	other=$!
+	undo eval "kill $other || :"
 	wait_until 10 pgrep -x nbdkit
 	says 3 'is not exported' cowctl unexport test-cow
 	kill $other

@@ -252,12 +252,6 @@ static int fail_uncomparable(const struct args *args, const struct base *base, c
 		    "say force=true if %s has the same content", args->name, why, base->text);
 }
 
-/* The last one may be a part of a block. */
-static uint64_t count_blocks(uint64_t bytes)
-{
-	return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
-}
-
 struct comparison {
 	const struct args *args;
 	const struct base *base;

@@ -35,7 +35,7 @@ struct walk {
 
 static uint64_t whole_blocks(uint64_t bytes)
 {
-	return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES;
+	return count_blocks(bytes) * BLOCK_BYTES;
 }
 
 static int tell(struct walk *walk)

@@ -25,6 +25,13 @@
 #endif
 
 #define BLOCK_BYTES	4096
+
+/* The last one may be a part of a block; for any number of bytes. */
+static inline uint64_t count_blocks(uint64_t bytes)
+{
+	return bytes / BLOCK_BYTES + !!(bytes % BLOCK_BYTES);
+}
+
 #define SECTOR_BYTES	512
 #define NO_LIMIT	UINT64_MAX
 #define NAME_BYTES	128	/* of a device-mapper name, with its NUL */

@@ -60,12 +60,11 @@ static size_t read_proc(const char *pid, const char *what, char *buf, size_t siz
  */
 static bool runs_server(const char *pid, const char *pid_file)
 {
-	static const char mark[] = "\nUid:\t0\t";
 	char text[16384];
 	size_t n = read_proc(pid, "cmdline", text, sizeof(text));
 
 	return is_server(text, n, pid_file) && read_proc(pid, "status", text, sizeof(text)) &&
-	       strstr(text, mark);
+	       strstr(text, "\nUid:\t0\t");
 }
 
 /* Opens up to @max of the server's processes. Return: how many there are. */

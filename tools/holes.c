@@ -42,7 +42,7 @@ static void send_message(struct holes *holes)
 /* What is zero from start to offset ends there: its whole blocks are a hole. */
 static void end_hole(struct holes *holes)
 {
-	uint64_t first = holes->start / BLOCK_BYTES + !!(holes->start % BLOCK_BYTES);
+	uint64_t first = count_blocks(holes->start);
 	uint64_t end = (holes->offset < holes->end ? holes->offset : holes->end) / BLOCK_BYTES;
 
 	if (first < end) {

@@ -815,7 +815,7 @@ static int nbdcow_extents(void *opaque, uint32_t count, uint64_t offset, uint32_
 {
 	struct handle *handle = opaque;
 	uint64_t end = offset + count;
-	uint64_t first = offset / BLOCK_BYTES, last = (end + BLOCK_BYTES - 1) / BLOCK_BYTES;
+	uint64_t first = offset / BLOCK_BYTES, last = count_blocks(end);
 	char *answer = NULL, message[64];
 	int err;
 
@@ -869,7 +869,7 @@ static int nbdcow_cache(void *opaque, uint32_t count, uint64_t offset, uint32_t 
 	struct handle *handle = opaque;
 	pthread_mutex_t *turn = handle->overlay ? &handle->overlay->turn : &device_turn;
 	uint64_t first = offset / BLOCK_BYTES;
-	uint64_t last = (offset + count + BLOCK_BYTES - 1) / BLOCK_BYTES;
+	uint64_t last = count_blocks(offset + count);
 	struct cow *cow = calloc(1, sizeof(*cow));
 	int err = ENOMEM;
 

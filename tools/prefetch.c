@@ -39,7 +39,7 @@ static int parse(const struct args *args, struct prefetch *prefetch)
 			    rate);
 	prefetch->kib_per_second = bytes / 1024;
 	prefetch->start_block = start / BLOCK_BYTES;
-	prefetch->blocks = end / BLOCK_BYTES + !!(end % BLOCK_BYTES) - prefetch->start_block;
+	prefetch->blocks = count_blocks(end) - prefetch->start_block;
 	return parse_flag(args, KEY_WAIT, true, &prefetch->wait);
 }
 

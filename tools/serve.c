@@ -324,12 +324,17 @@ static int serve(struct server *server)
 	return err;
 }
 
-/* This one, or what a serve that was killed has left. */
-static int stop_server(const struct server *server)
+/*
+ * Stops this one, or what a serve that was killed has left.
+ * Return: @err, or what went wrong now, with its message.
+ */
+static int stop_server(const struct server *server, int err)
 {
-	return clear_away(server->slot) ?
+	bool ended = !clear_away(server->slot);
+
+	return err || ended ? err :
 	       fail(-EBUSY, "nbdkit waits for base %s; it ends when that is back or fails",
-		    server->args->value[KEY_BASE]) : 0;
+		    server->args->value[KEY_BASE]);
 }
 
 static int prepare(struct server *server, int lock)
@@ -341,7 +346,7 @@ static int prepare(struct server *server, int lock)
 	if (err)
 		return err;
 	dm_server_sweep();
-	err = stop_server(server) ?: nbd_release(server->slot);
+	err = stop_server(server, 0) ?: nbd_release(server->slot);
 	if (!err && !server->fds)
 		err = listen_parse(args, &server->listen) ?: listen_check(&server->listen);
 	if (!err)
@@ -377,7 +382,7 @@ int cmd_serve(const struct args *args)
 	err = prepare(&server, lock);
 	if (!err)
 		err = serve(&server);
-	err = stop_server(&server) ?: err;
+	err = stop_server(&server, err);
 	holes_stop(server.slot);
 	if (server.keeper_fd >= 0)
 		close(server.keeper_fd);

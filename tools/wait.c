@@ -53,8 +53,7 @@ static int parse(const struct args *args, struct wait *wait)
 static bool reached(const struct wait *wait, const struct cow_status *status)
 {
 	if (!wait->percent)
-		return status->used_blocks >= wait->bytes / BLOCK_BYTES +
-					      !!(wait->bytes % BLOCK_BYTES);
+		return status->used_blocks >= count_blocks(wait->bytes);
 	return !strcmp(status->health, "full") || status->writes_refused > wait->refused ||
 	       (double)status->used_blocks * 100 >=
 	       (double)status->limit_blocks * wait->percent;
