@@ -293,7 +293,7 @@ static int compare_apart(const struct args *args, int old, uint64_t old_bytes,
 		.args = args, .base = base, .old = old, .old_bytes = old_bytes,
 		.samples = blocks < SAMPLES ? blocks : SAMPLES,
 	};
-	int err = call_apart(compare, &comparison, -1);
+	int err = call_apart(compare, &comparison, -1, false);
 
 	if (!err)
 		*compared = comparison.samples;
@@ -382,7 +382,7 @@ static int read_base(void *arg)
 /* Whether the base of a device can be read now. */
 bool base_answers(const struct cow *cow)
 {
-	return !call_apart(read_base, (void *)cow, READ_MS);
+	return !call_apart(read_base, (void *)cow, READ_MS, false);
 }
 
 static bool base_fails(const char *mangled)
@@ -402,7 +402,7 @@ static int move(const struct args *args, const struct cow *cow, struct base *bas
 
 	/* Others wait for the lock meanwhile. */
 	if (!err && same == SAME_SERVER &&
-	    (call_apart(read_first_block, &base->fd, READ_MS) || !base_fails(cow->mangled)))
+	    (call_apart(read_first_block, &base->fd, READ_MS, false) || !base_fails(cow->mangled)))
 		err = -EAGAIN;
 	if (!err && interrupted())
 		err = -EINTR;

@@ -1132,11 +1132,6 @@ int cmd_status(const struct args *args)
 #define RESET_HINT	", or say force=true"
 #define FLUSH_MS	30000
 
-static int fail_flush(const struct cow *cow, int err)
-{
-	return fail(err, "cannot empty the page cache of %s: %s", cow->path, strerror(-err));
-}
-
 struct flush {
 	int fd;
 	int lock;
@@ -1157,12 +1152,13 @@ static int flush(void *arg)
 static int flush_apart(const struct cow *cow, int fd, int lock)
 {
 	struct flush arg = { .fd = fd, .lock = lock };
-	int err = call_apart(flush, &arg, cow->table.queue_errors ? FLUSH_MS : -1);
+	int err = call_apart(flush, &arg, cow->table.queue_errors ? FLUSH_MS : -1, true);
 
 	if (err == -ETIMEDOUT)
 		return fail(-EBUSY, "what is to be written to %s waits for the base; %s",
 			    cow->name, "rebase it, or set on-base-error=error first");
-	return !err || err == -EINTR ? err : fail_flush(cow, err);
+	return err ? fail(err, "cannot empty the page cache of %s: %s", cow->path,
+			  strerror(-err)) : 0;
 }
 
 /*
@@ -1176,9 +1172,8 @@ static int reset_device(const struct args *args, const struct cow *cow, int lock
 	if (fd < 0)
 		return errno == EBUSY ? fail_busy(args, cow, RESET_HINT) :
 		       fail(-errno, "cannot open %s: %m", cow->path);
-	err = flush_apart(cow, fd, lock) ?: dm_message(args, "reset");
-	if (!err && ioctl(fd, BLKFLSBUF))
-		err = fail_flush(cow, -errno);
+	err = flush_apart(cow, fd, lock) ?: dm_message(args, "reset") ?:
+	      flush_apart(cow, fd, lock);
 	close(fd);
 	return err;
 }

@@ -225,7 +225,7 @@ struct run {
 
 int run(struct run *run);
 int load_module(const char *name, char *message);
-int call_apart(int (*call)(void *arg), void *arg, int wait_ms);
+int call_apart(int (*call)(void *arg), void *arg, int wait_ms, bool finish);
 int hold_file(int fd);
 bool has_other_users(int fd);
 bool still_held(int fd);

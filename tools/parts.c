@@ -100,7 +100,7 @@ static int look_for_partition(void *path)
 int parts_map(const char *path, bool finish)
 {
 	/* kpartx removes none where there is no table, but may know one that we do not. */
-	if (call_apart(look_for_partition, (void *)path, TIMEOUT_MS) == -ENODATA) {
+	if (call_apart(look_for_partition, (void *)path, TIMEOUT_MS, false) == -ENODATA) {
 		int err = kpartx("-d", path, finish);
 
 		if (err)

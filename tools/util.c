@@ -480,12 +480,12 @@ static void reap(pid_t pid, int pid_fd, int wait_ms, int *status)
 
 /*
  * Calls @call in a process of its own, for it may hang: until it returns, a signal asks
- * us to stop, or @wait_ms, unless negative, are over.
+ * us to stop, unless it is to @finish, or @wait_ms, unless negative, are over.
  *
  * Return: what it returned, which is 0 or a -errno, or -EINTR, -ETIMEDOUT or another
  * -errno of ours.
  */
-int call_apart(int (*call)(void *arg), void *arg, int wait_ms)
+int call_apart(int (*call)(void *arg), void *arg, int wait_ms, bool finish)
 {
 	pid_t self = getpid(), pid = fork();
 	struct pollfd fds[2] = { { .events = POLLIN }, { .events = POLLIN } };
@@ -497,7 +497,7 @@ int call_apart(int (*call)(void *arg), void *arg, int wait_ms)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		_exit(getppid() != self ? EIO : -call(arg));
 	}
-	fds[1].fd = open_stop_signals();
+	fds[1].fd = finish ? -1 : open_stop_signals();
 	fds[0].fd = pidfd_open(pid, 0);
 	if (fds[0].fd < 0)
 		err = -errno;
