@@ -304,7 +304,7 @@ static void fetch_endio(struct bio *bio)
 	struct nbdcow_fetch *fetch = container_of(bio, struct nbdcow_fetch, bio);
 
 	/* Only after a success nothing is read again. */
-	queue_work(bio->bi_status ? nbdcow_base_wq : nbdcow_wq, &fetch->work);
+	queue_work(bio->bi_status ? fetch->base->wq : nbdcow_wq, &fetch->work);
 }
 
 static void fetch_read(struct nbdcow_fetch *fetch, blk_opf_t flags)
@@ -374,12 +374,14 @@ static void prefetch_less(struct nbdcow_prefetch *prefetch)
 	wake_up_var(&prefetch->inflight);
 }
 
-static void prefetch_ended(struct nbdcow_prefetch *prefetch, blk_status_t status)
+static void prefetch_ended(struct nbdcow_fetch *fetch, blk_status_t status)
 {
+	struct nbdcow_prefetch *prefetch = fetch->prefetch;
+
 	spin_lock(&prefetch->lock);
 	if (status && prefetch->state == NBDCOW_PREFETCH_RUNNING)
 		prefetch->state = NBDCOW_PREFETCH_FAILED;
-	queue_delayed_work(nbdcow_base_wq, &prefetch->work, 0);
+	queue_delayed_work(fetch->base->wq, &prefetch->work, 0);
 	prefetch_less(prefetch);
 	spin_unlock(&prefetch->lock);
 }
@@ -410,7 +412,7 @@ static void fetch_end(struct nbdcow_fetch *fetch, blk_status_t status)
 	else
 		cache_trim(base);	/* the limit may have become lower meanwhile */
 	if (fetch->prefetch)
-		prefetch_ended(fetch->prefetch, status);
+		prefetch_ended(fetch, status);
 	kfree(fetch);
 	base_put(base);
 }
@@ -631,14 +633,15 @@ static struct nbdcow_fetch *prefetch_next(struct nbdcow_target *t)
 }
 
 /* Is it too early for the next read? Then the work comes again. */
-static bool prefetch_waits(struct nbdcow_prefetch *prefetch)
+static bool prefetch_waits(struct nbdcow_target *t)
 {
+	struct nbdcow_prefetch *prefetch = &t->prefetch;
 	s64 left = prefetch->not_before - ktime_get_ns();
 
 	/* What is less than a timer knows counts with the next pause. */
 	if (!prefetch->rate || left < TICK_NSEC)
 		return false;
-	queue_delayed_work(nbdcow_base_wq, &prefetch->work, nsecs_to_jiffies(left));
+	queue_delayed_work(t->base->wq, &prefetch->work, nsecs_to_jiffies(left));
 	return true;
 }
 
@@ -662,7 +665,7 @@ static void prefetch_work(struct work_struct *work)
 	for (;;) {
 		spin_lock(&prefetch->lock);
 		if (prefetch->state != NBDCOW_PREFETCH_RUNNING ||
-		    prefetch->paused || prefetch_waits(prefetch) ||
+		    prefetch->paused || prefetch_waits(t) ||
 		    prefetch->inflight >= (prefetch->rate ?
 					   1 : NBDCOW_PREFETCH_DEPTH)) {
 			spin_unlock(&prefetch->lock);
@@ -735,7 +738,7 @@ int nbdcow_prefetch_start(struct nbdcow_target *t, u64 block, u64 count,
 	prefetch->state = NBDCOW_PREFETCH_RUNNING;
 	spin_unlock(&prefetch->lock);
 	/* One that was stopped may have left a pause behind. */
-	mod_delayed_work(nbdcow_base_wq, &prefetch->work, 0);
+	mod_delayed_work(t->base->wq, &prefetch->work, 0);
 	return 0;
 }
 
@@ -770,7 +773,7 @@ void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause)
 	prefetch->paused = pause;
 	spin_unlock(&prefetch->lock);
 	if (!pause) {
-		queue_delayed_work(nbdcow_base_wq, &prefetch->work, 0);
+		queue_delayed_work(t->base->wq, &prefetch->work, 0);
 		return;
 	}
 	wait_var_event(&prefetch->inflight, !READ_ONCE(prefetch->inflight));
@@ -913,6 +916,13 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	base = kzalloc(sizeof(*base), GFP_KERNEL);
 	if (!base)
 		goto out;
+	base->wq = alloc_workqueue("nbdcow_base-%u:%u", WQ_MEM_RECLAIM | WQ_UNBOUND,
+				   0, MAJOR(bdev->bd_dev), MINOR(bdev->bd_dev));
+	if (!base->wq) {
+		kfree(base);
+		base = NULL;
+		goto out;
+	}
 	base->bdev = bdev;
 	base->limit = NBDCOW_NO_LIMIT;
 	xa_init(&base->blocks);
@@ -953,6 +963,7 @@ int nbdcow_base_init(struct nbdcow_target *t)
 void nbdcow_base_exit(struct nbdcow_target *t)
 {
 	struct nbdcow_base *base = t->base;
+	bool last;
 
 	if (!base)
 		return;
@@ -963,9 +974,13 @@ void nbdcow_base_exit(struct nbdcow_target *t)
 	mutex_unlock(&base->mutex);
 	/* What only the end of a fetch keeps is not for the next device of that number. */
 	mutex_lock(&bases_mutex);
-	if (!--base->nr_users)
+	last = !--base->nr_users;
+	if (last)
 		list_del(&base->list);
 	mutex_unlock(&bases_mutex);
+	/* Not with the last reference, which a work of its own may put. */
+	if (last)
+		destroy_workqueue(base->wq);
 	base_put(base);
 }
 

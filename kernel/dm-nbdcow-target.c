@@ -182,12 +182,11 @@
 /*
  * nbdcow_wq: what follows a read of the base, and blocks on swap, on the CPU where that
  * began, so that one thread does many; it waits for swap and memory, never for a base.
- * nbdcow_long_wq: work that may take long. nbdcow_base_wq: all that sends reads to the
- * base outside of map(), and hangs with a base that hangs.
+ * nbdcow_long_wq: work that may take long. What may hang with a base has a workqueue of
+ * that base.
  */
 struct workqueue_struct *nbdcow_wq;
 struct workqueue_struct *nbdcow_long_wq;
-struct workqueue_struct *nbdcow_base_wq;
 
 /*
  * Construction
@@ -544,8 +543,6 @@ MODULE_PARM_DESC(total_used, "4 KiB blocks that all overlays together store");
 
 static void destroy_queues(void)
 {
-	if (nbdcow_base_wq)
-		destroy_workqueue(nbdcow_base_wq);
 	if (nbdcow_long_wq)
 		destroy_workqueue(nbdcow_long_wq);
 	if (nbdcow_wq)
@@ -568,9 +565,7 @@ static int __init nbdcow_init(void)
 	nbdcow_wq = alloc_workqueue("nbdcow", WQ_MEM_RECLAIM | WQ_PERCPU, 0);
 	nbdcow_long_wq = alloc_workqueue("nbdcow_long",
 					 WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
-	nbdcow_base_wq = alloc_workqueue("nbdcow_base",
-					 WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
-	if (!nbdcow_wq || !nbdcow_long_wq || !nbdcow_base_wq) {
+	if (!nbdcow_wq || !nbdcow_long_wq) {
 		ret = -ENOMEM;
 		goto bad_wq;
 	}

@@ -548,7 +548,7 @@ static void take_back(struct nbdcow_io *io, struct bio *bio)
 	bio_set_dev(bio, io->t->self);
 }
 
-/* Context: nbdcow_base_wq, for it may wait for a base that hangs. */
+/* Context: the base's workqueue, for it may wait for a base that hangs. */
 static void send_again(struct nbdcow_io *io, struct bio *bio,
 		       unsigned int bytes)
 {
@@ -625,7 +625,7 @@ static void work_read(struct nbdcow_target *t, struct bio *bio)
 				io->spans = false;
 				io->got = bytes;
 				INIT_WORK(&io->work, work_send);
-				queue_work(nbdcow_base_wq, &io->work);
+				queue_work(t->base->wq, &io->work);
 				return;
 			}
 			bytes = min(bytes, io->got);
@@ -743,7 +743,7 @@ static bool queue_failed(struct nbdcow_target *t, struct bio *bio)
 		bio_list_add(&t->queued, bio);
 		WRITE_ONCE(t->nr_queued, t->nr_queued + 1);
 		/* Under the lock: without the bio the target may be gone. */
-		queue_delayed_work(nbdcow_base_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+		queue_delayed_work(t->base->wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 	}
 	spin_unlock_irqrestore(&t->queue_lock, flags);
 	return queued;
@@ -823,7 +823,7 @@ static void retry_work(struct work_struct *work)
 	while ((bio = bio_list_pop(&bios)))
 		retry_bio(t, bio);
 	if (READ_ONCE(t->nr_queued))
-		queue_delayed_work(nbdcow_base_wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
+		queue_delayed_work(t->base->wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
 }
 
 /* Let none wait any more. */

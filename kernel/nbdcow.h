@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Types of dm-nbdcow and the contracts between its files. The target's file,
- * base.c and rmw.c hand bios to each other; all use the overlay, which uses the
- * map and the store and knows nothing of them. message.c reads all.
+ * Types of dm-nbdcow and the contracts between its files. io.c, base.c and rmw.c
+ * hand bios to each other; all use the overlay, which uses the map and the store
+ * and knows nothing of them. message.c reads all.
  */
 #ifndef NBDCOW_H
 #define NBDCOW_H
@@ -121,6 +121,7 @@ struct nbdcow_base {
 	unsigned long limit;	/* most blocks cached; changes under mutex */
 	unsigned long hand;	/* where eviction goes on; under blocks' lock */
 	struct nbdcow_map __rcu *holes; /* ZERO: known to be; under mutex */
+	struct workqueue_struct *wq; /* reads it outside of map(), hangs with it */
 	struct mutex mutex;	/* limit, targets, holes */
 	struct list_head targets; /* that have a say in limit; under mutex */
 	struct kref kref;	/* one per target and fetch */
@@ -138,7 +139,7 @@ enum nbdcow_prefetch_state {
 };
 
 struct nbdcow_prefetch {
-	spinlock_t lock;	/* for all but next and work */
+	spinlock_t lock;	/* for all but next, not_before and work */
 	enum nbdcow_prefetch_state state; /* as it says */
 	bool paused;		/* for a suspend */
 	unsigned int inflight;	/* reads under way, and one being begun */
@@ -248,7 +249,6 @@ struct nbdcow_io {
 /* dm-nbdcow-target.c */
 extern struct workqueue_struct *nbdcow_wq;
 extern struct workqueue_struct *nbdcow_long_wq;
-extern struct workqueue_struct *nbdcow_base_wq;
 bool *nbdcow_find_flag(struct nbdcow_target *t, const char *name);
 
 /* io.c */

@@ -549,8 +549,7 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			continue;
 		do {
 			ret = save_block(view, block, context);
-		} while (context == NBDCOW_WORK && !READ_ONCE(ov->store_full) &&
-			 wait_for_memory(ret, start));
+		} while (context == NBDCOW_WORK && wait_for_memory(ret, start));
 		if (!ret)
 			continue;
 		if (context != NBDCOW_WORK) {

@@ -50,7 +50,7 @@ static void rmw_endio(struct bio *bio)
 	struct nbdcow_rmw *rmw = container_of(bio, struct nbdcow_rmw, bio);
 
 	/* Only after a success nothing is read again. */
-	queue_work(bio->bi_status ? nbdcow_base_wq : nbdcow_wq, &rmw->work);
+	queue_work(bio->bi_status ? rmw->t->base->wq : nbdcow_wq, &rmw->work);
 }
 
 static void rmw_read(struct nbdcow_rmw *rmw, blk_opf_t flags)

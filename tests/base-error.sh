@@ -327,9 +327,16 @@ hung_server_with_many_reads()
 	taskset -c 0 io /dev/mapper/test-cow2 'write 512 512 A' 'is 0 .A......' &
 	wait_until 10 test ! -d "/proc/$!"
 	wait $!
+	dmsetup message test-cow2 0 prefetch 0 256
+	wait_until 10 prefetched test-cow2
 	kill -CONT "$pid"
 	wait $reader
 	status_is test-cow health=ok errors=0
+}
+
+prefetched()
+{
+	[ "$(field "$1" prefetch)" = done:256/256 ]
 }
 
 many_reads()

@@ -27,7 +27,7 @@
  * Each MUTANT takes one protection out; spin must find what it is good for. Out of
  * reach is the order of memory accesses, which is sequentially consistent here: the
  * release of word_change() and the acquire of nbdcow_map_run(), the reference before
- * the look in nbdcow_store_find(). Those are left to the thread sanitizer (map.sh)
+ * the look in store_find(). Those are left to the thread sanitizer (map.sh)
  * and to KCSAN. Nor is base.c in it: each partial write reads the base for itself.
  *
  * Some lines could go without a loss in this model, so they are no mutants.
@@ -395,7 +395,7 @@ inline write_begin(f, p)
 }
 
 /*
- * nbdcow_store_find() or, if that finds none, shmem_read_mapping_page_gfp(). That
+ * store_find() or, if that finds none, shmem_read_mapping_page_gfp(). That
  * waits for the lock of a page that is not up to date, and makes it so with zeroes.
  */
 inline shmem_read(f, p)
