@@ -761,9 +761,9 @@ void nbdcow_prefetch_stop(struct nbdcow_target *t)
 /**
  * nbdcow_prefetch_pause() - let no prefetch read, or let it go on
  * @t: the target
- * @pause: true: return when nothing is under way any more
+ * @pause: true: begin no more reads; a suspend does not wait for a base that hangs
  *
- * Context: process context; sleeps if @pause.
+ * Context: process context.
  */
 void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause)
 {
@@ -772,15 +772,8 @@ void nbdcow_prefetch_pause(struct nbdcow_target *t, bool pause)
 	spin_lock(&prefetch->lock);
 	prefetch->paused = pause;
 	spin_unlock(&prefetch->lock);
-	if (!pause) {
+	if (!pause)
 		queue_delayed_work(t->base->wq, &prefetch->work, 0);
-		return;
-	}
-	wait_var_event(&prefetch->inflight, !READ_ONCE(prefetch->inflight));
-	/* The last one may still be unlocking. */
-	spin_lock(&prefetch->lock);
-	spin_unlock(&prefetch->lock);
-	cancel_delayed_work_sync(&prefetch->work);
 }
 
 /*
@@ -901,27 +894,17 @@ void nbdcow_base_set_limit(struct nbdcow_target *t, unsigned long limit)
 	mutex_unlock(&t->base->mutex);
 }
 
-/* What the overlays on a device share; NULL without memory. */
-static struct nbdcow_base *base_get(struct block_device *bdev)
+static struct nbdcow_base *base_alloc(struct block_device *bdev)
 {
-	struct nbdcow_base *base;
+	struct nbdcow_base *base = kzalloc(sizeof(*base), GFP_KERNEL);
 
-	mutex_lock(&bases_mutex);
-	list_for_each_entry(base, &bases, list) {
-		if (base->bdev == bdev) {
-			kref_get(&base->kref);
-			goto out;
-		}
-	}
-	base = kzalloc(sizeof(*base), GFP_KERNEL);
 	if (!base)
-		goto out;
+		return NULL;
 	base->wq = alloc_workqueue("nbdcow_base-%u:%u", WQ_MEM_RECLAIM | WQ_UNBOUND,
 				   0, MAJOR(bdev->bd_dev), MINOR(bdev->bd_dev));
 	if (!base->wq) {
 		kfree(base);
-		base = NULL;
-		goto out;
+		return NULL;
 	}
 	base->bdev = bdev;
 	base->limit = NBDCOW_NO_LIMIT;
@@ -929,11 +912,50 @@ static struct nbdcow_base *base_get(struct block_device *bdev)
 	mutex_init(&base->mutex);
 	INIT_LIST_HEAD(&base->targets);
 	kref_init(&base->kref);
-	list_add(&base->list, &bases);
-out:
-	if (base)
-		base->nr_users++;
+	return base;
+}
+
+/* Under bases_mutex: the base of a device with one user more, or NULL. */
+static struct nbdcow_base *base_find(struct block_device *bdev)
+{
+	struct nbdcow_base *base;
+
+	list_for_each_entry(base, &bases, list) {
+		if (base->bdev == bdev) {
+			kref_get(&base->kref);
+			base->nr_users++;
+			return base;
+		}
+	}
+	return NULL;
+}
+
+/* What the overlays on a device share; NULL without memory. */
+static struct nbdcow_base *base_get(struct block_device *bdev)
+{
+	struct nbdcow_base *base, *new;
+
+	mutex_lock(&bases_mutex);
+	base = base_find(bdev);
 	mutex_unlock(&bases_mutex);
+	if (base)
+		return base;
+
+	/* The shrinker needs the mutex, and this may need the shrinker. */
+	new = base_alloc(bdev);
+	if (!new)
+		return NULL;
+	mutex_lock(&bases_mutex);
+	base = base_find(bdev);
+	if (!base) {
+		new->nr_users = 1;
+		list_add(&new->list, &bases);
+	}
+	mutex_unlock(&bases_mutex);
+	if (!base)
+		return new;
+	destroy_workqueue(new->wq);
+	kfree(new);
 	return base;
 }
 
@@ -958,16 +980,23 @@ int nbdcow_base_init(struct nbdcow_target *t)
  * nbdcow_base_exit() - undo nbdcow_base_init()
  * @t: the target, without I/O in flight
  *
- * Context: process context, sleeps.
+ * Context: process context; waits for what a prefetch still reads.
  */
 void nbdcow_base_exit(struct nbdcow_target *t)
 {
+	struct nbdcow_prefetch *prefetch = &t->prefetch;
 	struct nbdcow_base *base = t->base;
 	bool last;
 
 	if (!base)
 		return;
 	nbdcow_prefetch_pause(t, true);
+	wait_var_event(&prefetch->inflight, !READ_ONCE(prefetch->inflight));
+	/* The last one may still be unlocking. */
+	spin_lock(&prefetch->lock);
+	spin_unlock(&prefetch->lock);
+	cancel_delayed_work_sync(&prefetch->work);
+
 	mutex_lock(&base->mutex);
 	list_del_init(&t->list);
 	update_limit(base);
@@ -978,9 +1007,12 @@ void nbdcow_base_exit(struct nbdcow_target *t)
 	if (last)
 		list_del(&base->list);
 	mutex_unlock(&bases_mutex);
-	/* Not with the last reference, which a work of its own may put. */
-	if (last)
+	if (last) {
+		/* Memory pressure does not find it any more. */
+		nbdcow_cache_drop(base);
+		/* Not with the last reference, which a work of its own may put. */
 		destroy_workqueue(base->wq);
+	}
 	base_put(base);
 }
 

@@ -798,29 +798,27 @@ static void retry_bio(struct nbdcow_target *t, struct bio *bio)
 	send_again(io, bio, io->iter.bi_size);
 }
 
-static void take_queued(struct nbdcow_target *t, struct bio_list *bios, bool all)
+static struct bio *take_queued(struct nbdcow_target *t)
 {
 	struct bio *bio;
 
-	bio_list_init(bios);
 	spin_lock_irq(&t->queue_lock);
-	while ((all || bio_list_empty(bios)) &&
-	       (bio = bio_list_pop(&t->queued))) {
-		bio_list_add(bios, bio);
+	bio = bio_list_pop(&t->queued);
+	if (bio)
 		WRITE_ONCE(t->nr_queued, t->nr_queued - 1);
-	}
 	spin_unlock_irq(&t->queue_lock);
+	return bio;
 }
 
 static void retry_work(struct work_struct *work)
 {
 	struct nbdcow_target *t = container_of(to_delayed_work(work),
 					       struct nbdcow_target, retry_work);
-	struct bio_list bios;
+	unsigned int nr = READ_ONCE(t->base_failed) ? 1 : READ_ONCE(t->nr_queued);
 	struct bio *bio;
 
-	take_queued(t, &bios, !READ_ONCE(t->base_failed));
-	while ((bio = bio_list_pop(&bios)))
+	/* One by one: the others can be ended while the base takes no more of them. */
+	while (nr-- && (bio = take_queued(t)))
 		retry_bio(t, bio);
 	if (READ_ONCE(t->nr_queued))
 		queue_delayed_work(t->base->wq, &t->retry_work, NBDCOW_RETRY_PAUSE);
@@ -829,11 +827,9 @@ static void retry_work(struct work_struct *work)
 /* Let none wait any more. */
 static void end_queued(struct nbdcow_target *t)
 {
-	struct bio_list bios;
 	struct bio *bio;
 
-	take_queued(t, &bios, true);
-	while ((bio = bio_list_pop(&bios))) {
+	while ((bio = take_queued(t))) {
 		if (bio->bi_bdev != t->self)	/* its error was counted */
 			take_back(dm_per_bio_data(bio, sizeof(struct nbdcow_io)), bio);
 		bio->bi_status = failed_status(t, BLK_STS_IOERR);

@@ -531,9 +531,9 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 			  u64 block, enum nbdcow_context context)
 {
 	struct mutex *lock = installer_lock(ov, block);
-	unsigned long start = jiffies;
 	struct mem_cgroup *old_memcg;
 	struct nbdcow_view *view;
+	unsigned long start;
 	int ret = 0;
 
 	if (likely(!is_viewed(ov, layer, block)))
@@ -547,6 +547,7 @@ static int save_for_views(struct nbdcow_overlay *ov, struct nbdcow_layer *layer,
 	list_for_each_entry(view, &ov->views, list) {
 		if (!view_needs(view, layer, block))
 			continue;
+		start = jiffies;
 		do {
 			ret = save_block(view, block, context);
 		} while (context == NBDCOW_WORK && wait_for_memory(ret, start));

@@ -288,15 +288,14 @@ prefetch_and_reset()
 	io $COW 'check 0 end .' 'status test-cow used=0'
 }
 
-# Nothing is read while it is suspended; then it goes on.
+# Nothing more is read while it is suspended, which waits for nothing; then it goes on.
 prefetch_and_suspend()
 {
 	local before
 
-	prefetching 'bg suspend test-cow' 'asleep nbdcow_prefetch_pause' 'pending 1' \
-		"$RELEASE" join
-	before=$(reads $GATE)
+	prefetching 'suspend test-cow' "$RELEASE" "inflight $GATE 0"
 	status_is test-cow cached=512
+	before=$(reads $GATE)
 	sleep 0.2
 	read_since "$before" 0 0
 	dmsetup resume test-cow
@@ -318,16 +317,16 @@ stopped_prefetch()
 prefetch_and_new_table()
 {
 	prefetching "load test-cow 8192 nbdcow $GATE 1 cow_on_read" 'bg resume test-cow' \
-		'asleep nbdcow_prefetch_pause' 'pending 1' "$RELEASE" join \
-		'status test-cow prefetch=- cached=512' 'message test-cow prefetch 0 1024'
+		'asleep nbdcow_base_exit' 'pending 1' 'write 0 4k A' 'is 0 AAAAAAAA' "$RELEASE" \
+		join 'status test-cow prefetch=- cached=512' 'message test-cow prefetch 0 1024'
 	prefetch_ends
-	io $COW 'check 0 end .'
+	io $COW 'check 0 4k A' 'check 4k end .'
 }
 
 prefetch_and_remove()
 {
 	race "create test-third 8192 nbdcow $GATE" 'message test-third prefetch 0 1024' \
-		'held test-gate 2' 'bg remove test-third' 'asleep nbdcow_prefetch_pause' 'pending 1' \
+		'held test-gate 2' 'bg remove test-third' 'asleep nbdcow_base_exit' 'pending 1' \
 		"$RELEASE" join 'status test-other cached=512' 'check 0 end .'
 }
 
