@@ -473,6 +473,91 @@ comes_back()
 	image_is_unchanged
 }
 
+detach()
+{
+	! mountpoint -q "$work/mnt" || umount "$work/mnt"
+}
+
+# What is to be written to a mounted copy needs the base, which is away.
+dirty_and_away()
+{
+	need nbdkit nbd-client mkfs.ext2
+	begin serve_image 8M
+	uri=$REPLY
+	cowctl create test-cow base="$uri" on-base-error=queue holes=false
+	# blocks of the file system are a part of the overlay's
+	mkfs.ext2 -q -b 1024 -E nodiscard $COW
+	mkdir "$work/mnt"
+	undo rmdir "$work/mnt"
+	mount $COW "$work/mnt"
+	undo detach
+	undo let_go
+	touch "$work/mnt/file"
+	sync
+	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
+	echo 'not synced' >"$work/mnt/file"
+}
+
+# It is back: nothing of that was lost.
+written_after_all()
+{
+	serve_again
+	undo detach
+	sync -f "$work/mnt"
+	umount "$work/mnt"
+	mount $COW "$work/mnt"
+	is 'the file' "$(<"$work/mnt/file")" 'not synced'
+	umount "$work/mnt"
+	cowctl remove test-cow
+	nothing_left
+	image_is_unchanged
+}
+
+reset_waits()
+{
+	local uri
+
+	dirty_and_away
+	says 4 'waits for the base' cowctl reset test-cow force=true
+	written_after_all
+}
+
+diff_does_not_wait()
+{
+	local uri
+
+	need qemu-img
+	dirty_and_away
+	cowctl diff test-cow "$work/a.qcow2"
+	rm "$work/a.qcow2"
+	written_after_all
+}
+
+# A server of the copy that waits for the base cannot be ended.
+unexport_waits()
+{
+	local reader uri
+
+	need nbdkit nbd-client nbdinfo nbdsh
+	begin serve_image 4M
+	uri=$REPLY
+	cowctl create test-cow base="$uri" on-base-error=queue
+	undo let_go
+	cowctl export test-cow
+	kill_nbdkit "$work/socket" "$(member base_device test-cow)"
+	nbdsh -u "$(member export.uri test-cow)" -c 'h.pread(4096, 65536)' &
+	reader=$!
+	wait_until 20 waiting 1
+	says 4 'the server of test-cow waits for the base' cowctl unexport test-cow
+	serve_again
+	wait_until 20 not waiting 1
+	wait $reader || :
+	wait_until 20 not pgrep -f "$run_dir/test-cow.pid"
+	cowctl remove test-cow
+	nothing_left
+	image_is_unchanged
+}
+
 # tries N: so often somebody has connected, and left again
 tries()
 {
@@ -661,6 +746,9 @@ run_tests \
 	waits_for_a_base 'readers wait for a base' \
 	comes_back 'a server that is away for some time' \
 	stays_where_it_is 'servers that cannot be the base, or need not be connected anew' \
+	reset_waits 'a reset, when what is to be written waits for the base' \
+	diff_does_not_wait 'a diff, when what is to be written waits for the base' \
+	unexport_waits 'unexport, when the server waits for the base' \
 	hanging_base 'a base that does not answer' \
 	shared_connection 'a connection that somebody else uses' \
 	shrunken_base 'a base that shrank'

@@ -358,7 +358,7 @@ cannot_export()
 	setpriv --reuid=nobody --clear-groups "$work/nbdkit" -f /dev/null $run_dir/test-cow.pid &
 	other=$!
 	undo eval "kill $other || :"
-	wait_until 10 pgrep -x nbdkit
+	wait_until 10 pgrep -f "^$work/nbdkit -f"
 	says 3 'is not exported' cowctl unexport test-cow
 	kill $other
 	cowctl export test-cow
