@@ -549,6 +549,8 @@ unexport_waits()
 	reader=$!
 	wait_until 20 waiting 1
 	says 4 'the server of test-cow waits for the base' cowctl unexport test-cow
+	says 4 'the server of test-cow waits for the base' cowctl unexport test-cow
+	says 4 'is exported' cowctl remove test-cow
 	serve_again
 	wait_until 20 not waiting 1
 	wait $reader || :

@@ -56,25 +56,35 @@ static size_t read_proc(const char *pid, const char *what, char *buf, size_t siz
 
 /*
  * Return: whether process @pid is a server that was given @pid_file. It has to be root's by
- * its real user: anybody can start a set-uid program by any name.
+ * its real user: anybody can start a set-uid program by any name. One that was killed and
+ * waits in the kernel has no arguments any more; @written is what it wrote into the file.
  */
-static bool runs_server(const char *pid, const char *pid_file)
+static bool runs_server(const char *pid, const char *pid_file, const char *written)
 {
 	char text[16384];
 	size_t n = read_proc(pid, "cmdline", text, sizeof(text));
 
-	return is_server(text, n, pid_file) && read_proc(pid, "status", text, sizeof(text)) &&
-	       strstr(text, "\nUid:\t0\t");
+	if (n ? !is_server(text, n, pid_file) : strcmp(pid, written))
+		return false;
+	return read_proc(pid, "status", text, sizeof(text)) && strstr(text, "\nUid:\t0\t") &&
+	       (n || !strncmp(text, "Name:\tnbd", 9));
+}
+
+static void read_pid(const char *pid_file, char *pid, size_t size)
+{
+	if (read_line(pid_file, pid, size))
+		pid[0] = '\0';
 }
 
 /* Opens up to @max of the server's processes. Return: how many there are. */
 static int find_server(const char *mangled, int *fds, int max)
 {
-	char *pid_file = run_path(mangled, "pid");
+	char *pid_file = run_path(mangled, "pid"), written[24];
 	DIR *proc = opendir("/proc");
 	struct dirent *entry;
 	int n = 0;
 
+	read_pid(pid_file, written, sizeof(written));
 	while (proc && n < max && (entry = readdir(proc))) {
 		int fd;
 
@@ -84,7 +94,7 @@ static int find_server(const char *mangled, int *fds, int max)
 		fd = pidfd_open(atoi(entry->d_name), 0);
 		if (fd < 0)
 			continue;
-		if (runs_server(entry->d_name, pid_file))
+		if (runs_server(entry->d_name, pid_file, written))
 			fds[n++] = fd;
 		else
 			close(fd);
@@ -98,11 +108,12 @@ static int find_server(const char *mangled, int *fds, int max)
 /* Looks first where its file says, for this is asked of each of many devices. */
 static bool server_runs(const char *mangled)
 {
-	char *pid_file = run_path(mangled, "pid"), text[24];
-	bool runs = !read_line(pid_file, text, sizeof(text)) && atoi(text) > 0 &&
-		    runs_server(text, pid_file);
+	char *pid_file = run_path(mangled, "pid"), written[24];
+	bool runs;
 	int fd;
 
+	read_pid(pid_file, written, sizeof(written));
+	runs = atoi(written) > 0 && runs_server(written, pid_file, written);
 	free(pid_file);
 	if (!runs && find_server(mangled, &fd, 1)) {
 		close(fd);
