@@ -128,6 +128,14 @@ maps_partitions()
 	cowctl reset test-cow
 	is 'partitions' "$(partitions test-cow | jq length)" 2
 	cmp -n 2M -i 0:1M ${COW}p1 "$work/disk.img"
+	# what is yet to be written by way of them
+	exec 7<>${COW}p1
+	dd if=/dev/zero of=${COW}p1 bs=4k count=4 conv=notrunc status=none
+	cowctl reset test-cow force=true
+	cmp -n 2M -i 0:1M ${COW}p1 "$work/disk.img"
+	sync ${COW}p1
+	is 'used' "$(member used test-cow)" 0
+	exec 7<&-
 	cowctl set test-cow partitions=false
 	is 'partitions' "$(partitions test-cow)" '[]'
 	is 'open' "$(member open_count test-cow)" 0

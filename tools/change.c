@@ -112,7 +112,8 @@ static int switch_reconnect(const struct args *args, const struct cow *cow, bool
 {
 	if (!args->value[KEY_ON_BASE_ERROR] || (queue && reconnect_runs(cow->mangled)))
 		return 0;
-	return (queue ? settle(cow) : 0) ?: reconnect_start(cow->mangled, true);
+	/* holes=false may have been said; they only save work. */
+	return (queue ? settle(cow) : 0) ?: reconnect_start(cow->mangled, false);
 }
 
 /* Partitions that have devices follow a new size; or as it was said. */

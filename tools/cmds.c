@@ -8,6 +8,7 @@
 #include <inttypes.h>
 #include <json-c/json.h>
 #include <linux/fs.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,6 +21,8 @@
 
 #include "cowctl.h"
 
+#define BUSY_MS		500
+#define BUSY_PROBE_MS	10
 #define DEVICE_END	(UINT64_C(1) << 53)	/* NBDCOW_MAX_BLOCKS of the kernel */
 
 /*
@@ -797,6 +800,19 @@ int fail_busy(const struct args *args, const struct cow *cow, const char *hint)
 	return -EBUSY;
 }
 
+/* Is it open in more than @n places? For a moment udev has it, after whoever wrote to it. */
+static bool stays_open(unsigned int major, unsigned int minor, int n, struct cow *now)
+{
+	int64_t deadline = now_ms() + BUSY_MS;
+
+	while (!dm_find_number(major, minor, now) && now->open_count > n) {
+		if (now_ms() >= deadline)
+			return true;
+		poll(NULL, 0, BUSY_PROBE_MS);
+	}
+	return false;
+}
+
 /* Return: how many partitions have devices, when nobody has one of these open. */
 int check_parts_closed(const struct cow *cow, const char *hint)
 {
@@ -807,7 +823,7 @@ int check_parts_closed(const struct cow *cow, const char *hint)
 		struct args part_args = { 0 };
 		struct cow part;
 
-		if (dm_find_number(parts[i].major, parts[i].minor, &part) || !part.open_count)
+		if (!stays_open(parts[i].major, parts[i].minor, 0, &part))
 			continue;
 		part_args.name = part.name;
 		err = fail_busy(&part_args, &part, hint);
@@ -820,8 +836,10 @@ int check_parts_closed(const struct cow *cow, const char *hint)
 int check_closed(const struct args *args, const struct cow *cow, const char *hint)
 {
 	int n = check_parts_closed(cow, hint);
+	struct cow now;
 
-	return n < 0 ? n : cow->open_count > n ? fail_busy(args, cow, hint) : 0;
+	return n < 0 ? n : stays_open(cow->major, cow->minor, n, &now) ?
+	       fail_busy(args, &now, hint) : 0;
 }
 
 static int remove_locked(const struct args *args)
@@ -1133,25 +1151,49 @@ int cmd_status(const struct args *args)
 #define FLUSH_MS	30000
 
 struct flush {
+	const struct cow *cow;
 	int fd;
 	int lock;
 };
 
+static int flush_part(const struct part *found)
+{
+	struct cow part;
+	int fd, err;
+
+	if (dm_find_number(found->major, found->minor, &part))
+		return 0;
+	fd = open(part.path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	err = ioctl(fd, BLKFLSBUF) ? -errno : 0;
+	close(fd);
+	return err;
+}
+
 static int flush(void *arg)
 {
 	const struct flush *flush = arg;
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC), n, err = 0;
+	struct part *parts;
 
 	close(flush->lock);
-	return ioctl(flush->fd, BLKFLSBUF) ? -errno : 0;
+	/* It may hang, and nobody is to wait for the end of what we print. */
+	for (int fd = 0; fd <= 2; fd++)
+		dup2(null, fd);
+	n = parts_find(flush->cow, &parts);
+	for (int i = 0; i < n && !err; i++)
+		err = flush_part(&parts[i]);
+	return err ?: ioctl(flush->fd, BLKFLSBUF) ? -errno : 0;
 }
 
 /*
- * Writes what is dirty in the page cache and empties it, in a process of its own that does
+ * Writes what is dirty in the page caches and empties them, in a process of its own that does
  * not hold the lock: it may wait for the base, and who brings that back for the lock.
  */
 static int flush_apart(const struct cow *cow, int fd, int lock)
 {
-	struct flush arg = { .fd = fd, .lock = lock };
+	struct flush arg = { .cow = cow, .fd = fd, .lock = lock };
 	int err = call_apart(flush, &arg, cow->table.queue_errors ? FLUSH_MS : -1, true);
 
 	if (err == -ETIMEDOUT)

@@ -449,8 +449,8 @@ static int load_locked(struct load *load, bool force)
 		return err;
 	/* Devices of partitions are made anew, for there may be others then. */
 	n = parts_find(&load->cow, NULL);
-	if (n)
-		err = check_closed(load->args, &load->cow, "") ?: parts_unmap(load->cow.path);
+	err = check_closed(load->args, &load->cow, "") ?:
+	      (n ? parts_unmap(load->cow.path) : 0);
 	if (err)
 		return err;
 	err = load_device(load);

@@ -20,6 +20,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/pidfd.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
@@ -85,11 +86,11 @@ static void resume(int control, dev_t dev)
 
 /*
  * The child. All its memory is there before it begins: the device may be what the
- * machine swaps to, or runs from. The only signal that reaches it ends its wait for
- * the device to become quiet.
+ * machine swaps to, or runs from. The only signal that reaches it, also when its @parent
+ * is killed, ends its wait for the device to become quiet.
  */
 static void __attribute__((noreturn))
-freeze(int control, struct quiet *quiet, int n, dev_t view)
+freeze(int control, struct quiet *quiet, int n, dev_t view, pid_t parent)
 {
 	struct sigaction action = { .sa_handler = only_interrupts };
 	struct dm_ioctl show;
@@ -100,10 +101,11 @@ freeze(int control, struct quiet *quiet, int n, dev_t view)
 	sigfillset(&set);
 	sigdelset(&set, SIGTERM);
 	sigprocmask(SIG_SETMASK, &set, NULL);
+	prctl(PR_SET_PDEATHSIG, SIGTERM);
 	if (mlockall(MCL_CURRENT))
 		_exit(errno);
 	for (i = 0; i < n && !err; i++) {
-		err = make_quiet(control, &quiet[i]);
+		err = getppid() == parent ? make_quiet(control, &quiet[i]) : EINTR;
 		/* The device of a partition may have gone. */
 		if (err == ENXIO && i < n - 1)
 			err = 0;
@@ -164,7 +166,7 @@ static int freeze_view(const struct view *view)
 	const struct cow *cow = &view->cow;
 	int control = dm_events(), err, n;
 	struct quiet *quiet;
-	pid_t pid;
+	pid_t self = getpid(), pid;
 
 	if (control < 0)
 		return control;
@@ -177,7 +179,7 @@ static int freeze_view(const struct view *view)
 	dm_clear(cow->mangled);
 	pid = fork();
 	if (!pid)
-		freeze(control, quiet, n, view->dev);
+		freeze(control, quiet, n, view->dev, self);
 	err = pid < 0 ? -errno : wait_for_freeze(pid);
 	/* if it was killed */
 	while (err == -ECHILD && n--)
