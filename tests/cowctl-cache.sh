@@ -269,6 +269,11 @@ parts_of_prefetches()
 	wait_until 10 prefetch_state running
 	prefetch 0 test-cow stop
 	wait $! && fail 'it was not stopped'
+	cowctl prefetch test-cow range=4K- rate=16K >"$work/out" 2>"$work/err" &
+	wait_until 10 prefetch_state running
+	io $COW 'message test-cow prefetch stop' 'message test-cow prefetch 0 1'
+	wait $! && fail 'it took another one for its own'
+	grep 'another prefetch has taken the place' "$work/err"
 	# and by Ctrl-C
 	cowctl set test-cow cache=drop
 	env --default-signal=INT cowctl prefetch test-cow rate=16K >"$work/out" 2>"$work/err" &

@@ -65,10 +65,25 @@ static int start(const struct args *args, const struct cow *cow, const struct pr
 			  strerror(-err)) : 0;
 }
 
-static int result(const struct args *args, const struct cow *cow)
+/* A device tells of the last one only: that of a client of its export may be it by now. */
+static bool is_ours(const struct cow *cow, const struct prefetch *prefetch)
+{
+	uint64_t blocks = cow->status.base_size_sectors * SECTOR_BYTES / BLOCK_BYTES;
+
+	blocks -= prefetch->start_block < blocks ? prefetch->start_block : blocks;
+	/* an older module does not tell the base's size */
+	return !cow->status.base_size_sectors || cow->status.prefetch_total ==
+	       (prefetch->blocks < blocks ? prefetch->blocks : blocks);
+}
+
+static int result(const struct args *args, const struct cow *cow,
+		  const struct prefetch *prefetch)
 {
 	const char *state = cow->status.prefetch;
 
+	if (*state && !is_ours(cow, prefetch))
+		return fail(-ECANCELED, "%s: another prefetch has taken the place of this one",
+			    args->name);
 	if (!strcmp(state, "done"))
 		return 0;
 	if (!strcmp(state, "full"))
@@ -79,7 +94,7 @@ static int result(const struct args *args, const struct cow *cow)
 	return fail(-ECANCELED, "%s: the prefetch was stopped", args->name);
 }
 
-static int watch(const struct args *args, struct cow *cow)
+static int watch(const struct args *args, struct cow *cow, const struct prefetch *prefetch)
 {
 	sighandler_t on_sigpipe = signal(SIGPIPE, SIG_IGN);
 	char uuid[sizeof(cow->uuid)];
@@ -100,7 +115,7 @@ static int watch(const struct args *args, struct cow *cow)
 		if (!args->json)
 			show_progress(cow->status.prefetch_done * BLOCK_BYTES,
 				      cow->status.prefetch_total * BLOCK_BYTES, &shown);
-		if (strcmp(cow->status.prefetch, "running"))
+		if (strcmp(cow->status.prefetch, "running") || !is_ours(cow, prefetch))
 			break;
 		/* The signal stays pending, and ends us when all is done. */
 		poll(fds, 2, LOOK_MS);
@@ -115,7 +130,7 @@ static int watch(const struct args *args, struct cow *cow)
 	if (err == -EINTR && !interrupted())
 		raise(SIGPIPE);
 	end_progress(shown);
-	return err ? err : result(args, cow);
+	return err ? err : result(args, cow, prefetch);
 }
 
 int cmd_prefetch(const struct args *args)
@@ -140,6 +155,6 @@ int cmd_prefetch(const struct args *args)
 	/* Others may change the device meanwhile, or stop this. */
 	close(lock);
 	if (!err && !args->stop && prefetch.wait)
-		err = watch(args, &cow);
+		err = watch(args, &cow, &prefetch);
 	return err || !args->json ? err : report(args);
 }
