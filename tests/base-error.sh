@@ -328,15 +328,10 @@ hung_server_with_many_reads()
 	wait_until 10 test ! -d "/proc/$!"
 	wait $!
 	dmsetup message test-cow2 0 prefetch 0 256
-	wait_until 10 prefetched test-cow2
+	wait_until 10 prefetch_is test-cow2 done:256/256
 	kill -CONT "$pid"
 	wait $reader
 	status_is test-cow health=ok errors=0
-}
-
-prefetched()
-{
-	[ "$(field "$1" prefetch)" = done:256/256 ]
 }
 
 many_reads()

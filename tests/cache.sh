@@ -254,12 +254,6 @@ prefetching()
 	race 'message test-cow prefetch 0 1024' 'held test-gate 2' "$@"
 }
 
-# prefetch_is NAME STATE:DONE/TOTAL
-prefetch_is()
-{
-	[ "$(field "$1" prefetch)" = "$2" ]
-}
-
 prefetch_ends()
 {
 	wait_until 20 prefetch_is test-cow done:1024/1024

@@ -402,6 +402,12 @@ status_is()
 	done
 }
 
+# prefetch_is NAME STATE:DONE/TOTAL
+prefetch_is()
+{
+	[ "$(field "$1" prefetch)" = "$2" ]
+}
+
 # soon COMMAND: one of io works on $COW with RWF_NOWAIT, though not necessarily at
 # once. A device that does not claim it answers EOPNOTSUPP, and one that never dares
 # anything EAGAIN for ever.

@@ -481,11 +481,6 @@ comes_back()
 	image_is_unchanged
 }
 
-detach()
-{
-	! mountpoint -q "$work/mnt" || umount "$work/mnt"
-}
-
 # What is to be written to a mounted copy needs the base, which is away.
 dirty_and_away()
 {
@@ -498,7 +493,7 @@ dirty_and_away()
 	mkdir "$work/mnt"
 	undo rmdir "$work/mnt"
 	mount $COW "$work/mnt"
-	undo detach
+	undo unmount "$work/mnt"
 	undo let_go
 	touch "$work/mnt/file"
 	sync
@@ -510,7 +505,7 @@ dirty_and_away()
 written_after_all()
 {
 	serve_again
-	undo detach
+	undo unmount "$work/mnt"
 	sync -f "$work/mnt"
 	umount "$work/mnt"
 	mount $COW "$work/mnt"

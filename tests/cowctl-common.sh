@@ -88,6 +88,12 @@ member()
 	cowctl --json status "$2" | jq -r ".$1"
 }
 
+# unmount DIRECTORY: if it is mounted
+unmount()
+{
+	! mountpoint -q "$1" || umount "$1"
+}
+
 # sectors_read DEVICE: from it, ever
 sectors_read()
 {

@@ -33,11 +33,6 @@ fill()
 	head -c $(($2 % 512)) /dev/urandom >>"$1"
 }
 
-unmount()
-{
-	! mountpoint -q "$1" || umount "$1"
-}
-
 # With its backing file the image is the same as the device.
 same_as()
 {

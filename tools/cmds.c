@@ -21,8 +21,6 @@
 
 #include "cowctl.h"
 
-#define BUSY_MS		500
-#define BUSY_PROBE_MS	10
 #define DEVICE_END	(UINT64_C(1) << 53)	/* NBDCOW_MAX_BLOCKS of the kernel */
 
 /*
@@ -838,7 +836,7 @@ int check_closed(const struct args *args, const struct cow *cow, const char *hin
 	int n = check_parts_closed(cow, hint);
 	struct cow now;
 
-	return n < 0 ? n : stays_open(cow->major, cow->minor, n, &now) ?
+	return n < 0 ? n : cow->open_count > n && stays_open(cow->major, cow->minor, n, &now) ?
 	       fail_busy(args, &now, hint) : 0;
 }
 

@@ -35,6 +35,8 @@ static inline uint64_t count_blocks(uint64_t bytes)
 #define SECTOR_BYTES	512
 #define NO_LIMIT	UINT64_MAX
 #define NAME_BYTES	128	/* of a device-mapper name, with its NUL */
+#define BUSY_MS		500	/* that udev may have open what somebody wrote to */
+#define BUSY_PROBE_MS	10
 
 /* Where a command leaves what has to be found again; a tmpfs, empty after boot. */
 #define RUN_DIR		"/run/cowctl"

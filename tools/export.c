@@ -70,21 +70,15 @@ static bool runs_server(const char *pid, const char *pid_file, const char *writt
 	       (n || !strncmp(text, "Name:\tnbd", 9));
 }
 
-static void read_pid(const char *pid_file, char *pid, size_t size)
-{
-	if (read_line(pid_file, pid, size))
-		pid[0] = '\0';
-}
-
 /* Opens up to @max of the server's processes. Return: how many there are. */
 static int find_server(const char *mangled, int *fds, int max)
 {
-	char *pid_file = run_path(mangled, "pid"), written[24];
+	char *pid_file = run_path(mangled, "pid"), written[24] = "";
 	DIR *proc = opendir("/proc");
 	struct dirent *entry;
 	int n = 0;
 
-	read_pid(pid_file, written, sizeof(written));
+	read_line(pid_file, written, sizeof(written));
 	while (proc && n < max && (entry = readdir(proc))) {
 		int fd;
 
@@ -108,11 +102,11 @@ static int find_server(const char *mangled, int *fds, int max)
 /* Looks first where its file says, for this is asked of each of many devices. */
 static bool server_runs(const char *mangled)
 {
-	char *pid_file = run_path(mangled, "pid"), written[24];
+	char *pid_file = run_path(mangled, "pid"), written[24] = "";
 	bool runs;
 	int fd;
 
-	read_pid(pid_file, written, sizeof(written));
+	read_line(pid_file, written, sizeof(written));
 	runs = atoi(written) > 0 && runs_server(written, pid_file, written);
 	free(pid_file);
 	if (!runs && find_server(mangled, &fd, 1)) {

@@ -21,8 +21,6 @@
 
 #include "cowctl.h"
 
-#define ALONE_MS	500
-#define ALONE_PROBE_MS	10
 #define BAR_WIDTH	40
 #define KILLED_MS	5000		/* that a process may take to end then */
 
@@ -306,12 +304,12 @@ bool any_link(dev_t dev, const char *kind,
  */
 int open_alone(const char *path)
 {
-	int64_t deadline = now_ms() + ALONE_MS;
+	int64_t deadline = now_ms() + BUSY_MS;
 	int fd;
 
 	while ((fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC)) < 0 && errno == EBUSY &&
 	       now_ms() < deadline)
-		poll(NULL, 0, ALONE_PROBE_MS);
+		poll(NULL, 0, BUSY_PROBE_MS);
 	return fd < 0 ? -errno : fd;
 }
 
